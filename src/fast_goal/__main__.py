@@ -1,0 +1,5 @@
+"""`python -m fast_goal` is `fast-goal`."""
+
+from fast_goal.cli import main
+
+main()

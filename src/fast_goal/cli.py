@@ -1,0 +1,106 @@
+"""The command `fast-goal`: one sub-command per step of the pipeline, `configure` and `doctor`.
+
+Heavy libraries are imported by the steps themselves, so that `fast-goal --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from fast_goal import __version__
+from fast_goal.errors import FastGoalError
+
+STEPS = {
+    "download": "Fetch or generate the data sets named in params.yaml and write their records tables.",
+    "base": "Obtain the weights to start from: CLIP and the region detector.",
+    "flism": "Find for every image the region and the sentence that fit best.",
+    "validate": "Check records, regions and pairs with Great Expectations; write the data card.",
+    "finetune": "Fine-tune CLIP with the objective of params.yaml.",
+    "evaluate": "Measure the base and the fine-tuned model; write the report.",
+    "register": "Register the fine-tuned model in MLflow.",
+}
+
+app = typer.Typer(
+    help="Fine-tune CLIP so that it understands long, detailed descriptions (FAST-GOAL).\n\n"
+    "The steps read params.yaml in the current folder. `dvc repro` runs all that are out of date, in order; "
+    "the sub-commands run one by hand.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(f"fast-goal {__version__}")
+        raise typer.Exit
+
+
+def _add_step(step: str, summary: str) -> None:
+    @app.command(step, help=summary, rich_help_panel="Steps, in order")
+    def command() -> None:
+        from fast_goal.stages import run
+
+        run(step)
+
+
+for _step, _summary in STEPS.items():
+    _add_step(_step, _summary)
+
+
+@app.command(
+    "configure",
+    help="Compose params.yaml from the configuration groups.\n\n"
+    "Examples: `fast-goal configure` (the demo), `fast-goal configure experiment=own_photos "
+    "download.datasets.photos.root=PATH`, `fast-goal configure experiment=demo finetune.epochs=3`.",
+    rich_help_panel="Set-up",
+)
+def configure_command(
+    overrides: Annotated[list[str] | None, typer.Argument(help="experiment=NAME, GROUP=OPTION or KEY=VALUE", show_default=False)] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the result instead of writing params.yaml.")] = False,
+    options: Annotated[bool, typer.Option("--list", help="List the experiments and the options of every group.")] = False,
+) -> None:
+    from fast_goal import configure
+
+    if options:
+        for group, names in configure.groups().items():
+            typer.echo(f"{group}: {', '.join(names)}")
+        return
+    if show:
+        import yaml
+
+        values = configure.compose(overrides or [])
+        configure.check(values)
+        typer.echo(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), nl=False)
+        return
+    params = configure.configure(overrides or [])
+    typer.echo(f"params.yaml: experiment {params.experiment}, data set {params.download.train_dataset}. Next: dvc repro")
+
+
+@app.command("doctor", rich_help_panel="Set-up")
+def doctor_command() -> None:
+    """Check versions, device, torchvision operators, write access, free disk and offline switches."""
+    from fast_goal import doctor
+
+    raise typer.Exit(doctor.report())
+
+
+def main() -> None:
+    """Entry point: a FastGoalError is printed without a traceback and ends with exit status 1."""
+    try:
+        app()
+    except FastGoalError as error:
+        print(f"fast-goal: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("fast-goal: interrupted; run the same command again to continue", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Composes the Hydra groups under `conf/` into `params.yaml` (`fast-goal configure`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fast_goal.config import PARAMS_FILE, Params, build
+from fast_goal.errors import ConfigError
+from fast_goal.files import write_text
+
+CONF = Path(__file__).parent / "conf"
+HEADER = """# Composed by `{command}` from src/fast_goal/conf; the stages read only this file.
+# Change it with that command; `dvc exp run -S KEY=VALUE` changes it for one experiment.
+"""
+
+
+def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The resolved configuration as plain values. Raises ConfigError with the key's full name."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = hydra_compose("config", overrides=list(overrides))
+            return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        command = " ".join(["fast-goal configure", *overrides, f"{error.full_key}=VALUE"])
+        raise ConfigError(f"{error.full_key} has no default and must be given: {command}") from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"fast-goal configure {' '.join(overrides)}: {error}") from None
+
+
+def configure(overrides: Sequence[str] = (), path: Path | str = PARAMS_FILE) -> Params:
+    """Composes, checks and writes `path`; an invalid configuration leaves the file as it was."""
+    values = compose(overrides)
+    params = check(values)
+    command = " ".join(["fast-goal configure", *overrides])
+    write_text(path, HEADER.format(command=command) + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    return params
+
+
+def check(values: dict[str, Any]) -> Params:
+    """The typed parameters, with the parts that sources and objectives declare themselves checked too."""
+    from fast_goal.data.sources import source_config
+    from fast_goal.objectives import objective_config
+
+    params = build(Params, values, str(PARAMS_FILE))
+    for name, values_of_source in params.download.datasets.items():
+        source_config(values_of_source, f"download.datasets.{name}")
+    objective_config(params.objective, "objective")
+    return params
+
+
+def groups() -> dict[str, list[str]]:
+    """The options of every configuration group, by group."""
+    folders = sorted(path for path in CONF.iterdir() if path.is_dir() and not path.name.startswith("_"))
+    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}

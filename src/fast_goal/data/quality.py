@@ -1,0 +1,242 @@
+"""What is wrong with a data set, as columns beside its tables: the facts that the expectations then judge.
+
+A column named after a problem holds None where all is well and a readable sentence where not, so that a report can
+print the cell as it is. Every table starts with `row`, the row's number in its parquet file.
+
+Boxes are float pixels of the original image, x2 and y2 exclusive.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from fast_goal.data.images import open_image
+from fast_goal.data.records import Dataset
+from fast_goal.errors import DataError
+from fast_goal.progress import Progress
+
+TRAINING_SPLITS = ("pretrain", "train")  # whose pixels a model has seen before it is measured
+LONG_SPLITS = ("train", "val", "test")  # whose images need a long caption
+KINDS = ("detector", "quadrant", "centre")
+BOX = ["x1", "y1", "x2", "y2"]
+TOLERANCE = 1e-3  # pixels: boxes pass through float32
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A data set with what FLISM made of it.
+
+    regions and pairs are None where FLISM does not run on the data set; `skipped` joins the samples that the download
+    and FLISM left out; `flism_splits` are the splits FLISM was asked for.
+    """
+
+    dataset: Dataset
+    regions: pd.DataFrame | None
+    pairs: pd.DataFrame | None
+    skipped: pd.DataFrame
+    flism_splits: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The data set's name."""
+        return self.dataset.name
+
+    @property
+    def has_long_captions(self) -> bool:
+        """Whether any image has a long caption; a set of short captions is only for evaluation."""
+        return bool(self.dataset.records["long_caption"].fillna("").str.strip().ne("").any())
+
+    @property
+    def skipped_share(self) -> float:
+        """Fraction of all samples that some step left out; a sample with several bad rows counts once."""
+        known = set(self.dataset.records["image_id"])
+        skipped = set(self.skipped["sample"])
+        return len(skipped) / max(len(known | skipped), 1)
+
+
+def inspect_images(dataset: Dataset, workers: int | None = None) -> pd.DataFrame:
+    """Decodes every image in full, in threads.
+
+    Returns, in the order of the records, the columns `missing_file`, `undecodable` and `wrong_size` (the file's size
+    after EXIF rotation against `width` and `height`); at most one of them is filled.
+    """
+    records = dataset.records
+    found: list[tuple[str | None, str | None, str | None]] = []
+    paths, widths, heights = records["image_path"].tolist(), records["width"].tolist(), records["height"].tolist()
+
+    def inspect(path: str, width: int, height: int) -> tuple[str | None, str | None, str | None]:
+        file = dataset.path(path)
+        if not file.is_file():
+            return f"no file {path}", None, None
+        try:
+            size = open_image(file).size
+        except DataError as error:
+            return None, str(error).removeprefix(f"{file}: "), None
+        if size != (width, height):
+            return None, None, f"the file has {size[0]} x {size[1]} pixels, the table {width} x {height}"
+        return None, None, None
+
+    with (
+        Progress(f"validate {dataset.name}", len(records), "images") as progress,
+        ThreadPoolExecutor(workers or os.cpu_count()) as pool,
+    ):
+        for result in pool.map(inspect, paths, widths, heights):
+            found.append(result)
+            progress.update()
+    return pd.DataFrame(found, columns=["missing_file", "undecodable", "wrong_size"], dtype=object)
+
+
+def records_table(subject: Subject, images: pd.DataFrame, training: Dataset) -> pd.DataFrame:
+    """The records with their problems; `images` comes from `inspect_images`, `training` is the training data set.
+
+    Ids are compared with the training images only within one data set: two data sets may both number from 1. The
+    bytes of the files are compared in any case. `has_pair` is 'yes' or 'no', None for an image FLISM was not asked for.
+    """
+    records = subject.dataset.records
+    table = pd.DataFrame({"row": np.arange(len(records))})
+    for column in ("image_id", "image_path", "split"):
+        table[column] = records[column].to_numpy()
+    table = table.join(images)
+    words = records["long_caption"].fillna("").str.split().str.len().to_numpy()
+    needs_long = records["split"].isin(LONG_SPLITS).to_numpy() & subject.has_long_captions
+    table["no_long_caption"] = _text(needs_long & (words == 0), "the long caption is empty")
+    table["long_words"] = np.where(words > 0, words, np.nan)
+
+    own = subject.dataset.name == training.name
+    held_out = (records["split"] == "test").to_numpy() | (not own)
+    seen = training.records[training.records["split"].isin(TRAINING_SPLITS)]
+    table["id_in_training"] = _leaks(records, seen, "image_id", held_out & own, training.name)
+    table["bytes_in_training"] = _leaks(records, seen, "content_hash", held_out, training.name)
+    validation = (records["split"] == "val").to_numpy() & own
+    table["validation_in_training"] = _leaks(records, seen, "content_hash", validation, training.name)
+
+    asked = records["split"].isin(subject.flism_splits).to_numpy()
+    if subject.regions is not None and subject.pairs is not None:
+        left_out = records["image_id"].isin(subject.skipped["sample"]).to_numpy()
+        bare = asked & ~left_out & ~records["image_id"].isin(subject.regions["image_id"]).to_numpy()
+        table["no_regions"] = _text(bare, "the regions table has no row for it")
+        paired = records["image_id"].isin(subject.pairs["image_id"]).to_numpy()
+        table["has_pair"] = pd.Series(np.where(asked, np.where(paired, "yes", "no"), None), dtype=object)
+    table["skipped_share"] = subject.skipped_share
+    return table
+
+
+def regions_table(subject: Subject) -> pd.DataFrame:
+    """The regions with their problems."""
+    regions, records = subject.regions, subject.dataset.records
+    table = _numbered(regions, ["image_id", "region_index", *BOX, "kind", "score"])
+    table["incomplete"] = _incomplete(regions, ["image_id", "region_index", *BOX, "kind", "score"])
+    table["unknown_image"] = _unknown(regions, records)
+    sizes = records.drop_duplicates("image_id").set_index("image_id")
+    width, height = (regions["image_id"].map(sizes[side]).to_numpy(dtype=float) for side in ("width", "height"))
+    x1, y1, x2, y2 = (regions[column].to_numpy(dtype=float) for column in BOX)
+    outside = (x1 < -TOLERANCE) | (y1 < -TOLERANCE) | (x2 > width + TOLERANCE) | (y2 > height + TOLERANCE)
+    table["outside"] = _describe(
+        outside, lambda i: f"box ({x1[i]:g}, {y1[i]:g}, {x2[i]:g}, {y2[i]:g}) in an image of {width[i]:g} x {height[i]:g}"
+    )
+    table["no_area"] = _describe((x2 <= x1) | (y2 <= y1), lambda i: f"box ({x1[i]:g}, {y1[i]:g}, {x2[i]:g}, {y2[i]:g})")
+    return table
+
+
+def pairs_table(subject: Subject) -> pd.DataFrame:
+    """The pairs with their problems."""
+    pairs, records = subject.pairs, subject.dataset.records
+    columns = ["image_id", "rank", "sentence_index", "sentence", "char_start", "char_end", "region_index", *BOX, "similarity"]
+    table = _numbered(pairs, ["image_id", "rank", "sentence", "similarity"])
+    table["incomplete"] = _incomplete(pairs, columns)
+    table["unknown_image"] = _unknown(pairs, records)
+    table["not_the_span"] = _not_the_span(pairs, records)
+
+    best = (pairs["rank"] == 1).groupby(pairs["image_id"]).transform("sum").to_numpy()
+    table["not_one_best"] = _describe(best != 1, lambda i: f"the image has {best[i]} pairs of rank 1")
+
+    rank = pairs["rank"].to_numpy()
+    alike = pairs.groupby(["image_id", "rank"])["rank"].transform("size").to_numpy()
+    present = pd.MultiIndex.from_arrays([pairs["image_id"], pairs["rank"]])
+    before = pd.MultiIndex.from_arrays([pairs["image_id"], pairs["rank"] - 1]).isin(present)
+    table["rank_gap"] = _describe(
+        (rank != 1) & ((alike != 1) | ~before),
+        lambda i: f"rank {rank[i]} " + (f"occurs {alike[i]} times" if alike[i] != 1 else f"without a rank {rank[i] - 1}"),
+    )
+    table["not_the_region"] = _not_the_region(pairs, subject.regions)
+    return table
+
+
+def _not_the_span(pairs: pd.DataFrame, records: pd.DataFrame) -> pd.Series:
+    captions = dict(zip(records["image_id"], records["long_caption"].fillna(""), strict=True))
+    problems: list[str | None] = []
+    columns = (pairs[name].tolist() for name in ("image_id", "sentence", "char_start", "char_end"))
+    for image_id, sentence, start, end in zip(*columns, strict=True):
+        caption = captions.get(image_id)
+        if caption is None or pd.isna(start) or pd.isna(end):  # told by `unknown_image` and `incomplete`
+            problems.append(None)
+            continue
+        span = caption[int(start) : int(end)] if 0 <= start < end else ""
+        problem = f"the caption's characters {start} to {end} are {_short(span)}, the sentence is {_short(sentence)}"
+        problems.append(None if span and span == sentence else problem)
+    return pd.Series(problems, dtype=object)
+
+
+def _not_the_region(pairs: pd.DataFrame, regions: pd.DataFrame) -> pd.Series:
+    key = ["image_id", "region_index"]
+    wanted = pairs[key].merge(regions.drop_duplicates(key)[[*key, *BOX, "kind"]], on=key, how="left")
+    boxes, expected = pairs[BOX].to_numpy(dtype=float), wanted[BOX].to_numpy(dtype=float)
+    absent = wanted["kind"].isna().to_numpy()
+    moved = (np.abs(boxes - expected) > TOLERANCE).any(axis=1)
+    other_kind = (pairs["kind"].to_numpy() != wanted["kind"].to_numpy()) & ~absent
+    index = pairs["region_index"].to_numpy()
+
+    def problem(i: int) -> str:
+        if absent[i]:
+            return f"the image has no region {index[i]}"
+        box, true = (", ".join(f"{value:g}" for value in values[i]) for values in (boxes, expected))
+        return f"{pairs['kind'].iloc[i]} box ({box}), but region {index[i]} is {wanted['kind'].iloc[i]} ({true})"
+
+    return _describe(absent | moved | other_kind, problem)
+
+
+def _leaks(records: pd.DataFrame, seen: pd.DataFrame, key: str, asked: np.ndarray, origin: str) -> pd.Series:
+    """For the rows `asked`: the first training image with the same `key`; an empty key is equal to nothing."""
+    first = seen[seen[key].fillna("") != ""].drop_duplicates(key)
+    names = [
+        f"the same {key} as image {image_id!r} of split {split} of {origin} (row {row})"
+        for row, image_id, split in zip(first.index, first["image_id"], first["split"], strict=True)
+    ]
+    matches = records[key].map(dict(zip(first[key], names, strict=True)))
+    return matches.where(asked).astype(object).where(lambda text: text.notna(), None).reset_index(drop=True)
+
+
+def _numbered(frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    table = frame[columns].reset_index(drop=True)
+    table.insert(0, "row", np.arange(len(frame)))
+    return table
+
+
+def _incomplete(frame: pd.DataFrame, columns: list[str]) -> pd.Series:
+    empty = frame[columns].isna().to_numpy()
+    return _describe(empty.any(axis=1), lambda i: "no value in " + ", ".join(np.array(columns)[empty[i]]))
+
+
+def _unknown(frame: pd.DataFrame, records: pd.DataFrame) -> pd.Series:
+    return _text(~frame["image_id"].isin(records["image_id"]).to_numpy(), "no such image in the records")
+
+
+def _text(wrong: np.ndarray, problem: str) -> pd.Series:
+    return _describe(wrong, lambda _: problem)
+
+
+def _describe(wrong: np.ndarray, problem: Callable[[int], str]) -> pd.Series:
+    column = np.full(len(wrong), None, dtype=object)
+    for index in np.flatnonzero(wrong):
+        column[index] = problem(index)
+    return pd.Series(column, dtype=object)
+
+
+def _short(text: str, length: int = 60) -> str:
+    return repr(text if len(text) <= length else f"{text[:length]}…")

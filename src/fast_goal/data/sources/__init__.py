@@ -1,0 +1,80 @@
+"""Where data sets come from: a registry with one file or package per source.
+
+A source is a function with a config dataclass:
+
+    @source("folder", FolderConfig)
+    def load(config: FolderConfig, name: str, folder: Path, seed: int) -> Loaded: ...
+
+`name` is the data set's name, `folder` (`data/datasets/<name>`) is the source's own to write in, `seed` is the run's.
+A new one is a new file here and a new file in `conf/dataset/`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fast_goal.config import build
+from fast_goal.errors import ConfigError
+
+
+@dataclass
+class Loaded:
+    """What a source hands over: rows of the tables RECORDS, SKIPPED, TRUTH and OBJECTS of `data.records`.
+
+    `root` is the folder that `image_path` is relative to; `notes` are sentences for the reader of the log.
+    """
+
+    root: Path
+    rows: list[dict[str, Any]]
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    truth: list[dict[str, Any]] | None = None
+    objects: list[dict[str, Any]] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+Load = Callable[[Any, str, Path, int], Loaded]
+_SOURCES: dict[str, tuple[Load, type]] = {}
+
+
+def source(name: str, config: type) -> Callable[[Load], Load]:
+    """Registers a source under the word that stands in `download.datasets.<name>.source`."""
+
+    def register(load: Load) -> Load:
+        _SOURCES[name] = (load, config)
+        return load
+
+    return register
+
+
+def known_sources() -> list[str]:
+    """The names of all sources."""
+    _discover()
+    return sorted(_SOURCES)
+
+
+def source_config(values: Mapping[str, Any], where: str) -> tuple[Load, Any]:
+    """The load function and the typed config of a data set's section.
+
+    `where` is the section's full name, `download.datasets.<name>`. Raises ConfigError for an unknown source and for
+    keys that the source's config refuses.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: expected a mapping of keys to values, got {values!r}")
+    _discover()
+    rest = dict(values)
+    name = rest.pop("source", None)
+    if not isinstance(name, str) or name not in _SOURCES:
+        raise ConfigError(f"{where}.source = {name!r}: expected one of {', '.join(sorted(_SOURCES))}")
+    load, config = _SOURCES[name]
+    return load, build(config, rest, where)
+
+
+def _discover() -> None:
+    """Imports every module of this package, on first use and not on import."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")

@@ -1,0 +1,13 @@
+"""Procedurally drawn scenes: an offline benchmark for long captions, with the truth about every sentence.
+
+Each image shows four to six drawn objects on a loose grid. Its long caption has one sentence about the whole and one per
+object; short captions use the same sentences, one at a time. In `val` and `test` every scene has a twin that differs in
+one attribute of one object, so that detail decides. Look at it: `python -m fast_goal.data.sources.scenes PATH`.
+
+`vocabulary` words and records, `shapes` silhouettes, `drawing` pixels and boxes, `layout` random scenes and twins,
+`language` sentences, `samples` one finished sample, `source` the whole data set.
+"""
+
+from fast_goal.data.sources.scenes.source import ScenesConfig, load
+
+__all__ = ["ScenesConfig", "load"]

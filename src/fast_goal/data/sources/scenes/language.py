@@ -1,0 +1,164 @@
+"""Sentences about a scene. One set of templates serves the long and the short captions.
+
+A sentence is planned first (which thing, which wording, what about its place) and worded afterwards, so that the twin of
+a scene gets the same plan: its caption differs only in the words for what differs in the picture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fast_goal.data.sources.scenes.vocabulary import NUMBERS, PATTERN_ENDINGS, POSITIONS, RELATIONS, Scene, Thing
+
+POSITION_SHARE, RELATION_SHARE = 0.46, 0.23  # a little above the shares wanted, as not every place can be told
+SIZE_SHARE, ENDING_SHARE = 0.75, 0.3
+CELL_MARGIN = 0.02  # a centre this close to a line of the 3x3 grid has no position
+NEAR, APART = 0.5, 0.15  # distance of two centres in a relation: at most, and at least along the relation's axis
+
+# {thing} takes "a red star", {Thing} the same capitalised, {place} "at the top" or "above the blue cup".
+PLACED = (
+    "There is {thing} {place}.",
+    "{Thing} is {place}.",
+    "{Thing} can be seen {place}.",
+    "{Place}, there is {thing}.",
+    "{Place} is {thing}.",
+    "You can see {thing} {place}.",
+    "{Thing} was drawn {place}.",
+    "One object is {thing} {place}.",
+)
+UNPLACED = (
+    "There is {thing} in the picture.",
+    "{Thing} can be seen in the picture.",
+    "In this picture, you can see {thing}.",
+    "One object in the picture is {thing}.",
+    "The picture shows {thing}.",
+    "{Thing} is visible here.",
+)
+OVERALL = (
+    "There are {number} objects on {background}.",
+    "{Number} objects lie on {background}.",
+    "The picture shows {number} objects on {background}.",
+    "On {background}, {number} objects can be seen.",
+    "{Background} holds {number} objects.",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one thing is described.
+
+    `place` is None, (row, column) of the 3x3 grid, or (relation, index of the other thing).
+    """
+
+    thing: int
+    template: str
+    say_size: bool
+    pattern_last: bool
+    place: tuple[int, int] | tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Said:
+    """A sentence of a caption: its span, and the thing it is about (None for the overall one)."""
+
+    thing: int | None
+    start: int
+    end: int
+
+
+def plan_thing(
+    generator: np.random.Generator, thing: int, boxes: np.ndarray, others: list[int], close_up: bool = False
+) -> Plan:
+    """Draws the wording for one thing; a place only if it is true of `boxes` [N, 4], fractions of the image.
+
+    A relation names one of `others`. In a close-up neither place nor size means anything, so none is told.
+    """
+    roll = generator.random()
+    place: tuple[int, int] | tuple[str, int] | None = None
+    if not close_up and roll < POSITION_SHARE:
+        place = cell(boxes[thing])
+    elif not close_up and roll < POSITION_SHARE + RELATION_SHARE:
+        known = [(relation(boxes[thing], boxes[other]), other) for other in others if other != thing]
+        true = [(word, other) for word, other in known if word is not None]
+        place = true[int(generator.integers(len(true)))] if true else None
+    templates = PLACED if place else UNPLACED
+    template = templates[int(generator.integers(len(templates)))]
+    say_size, pattern_last = generator.random(2) < (SIZE_SHARE, ENDING_SHARE)
+    return Plan(thing, template, bool(say_size) and not close_up, bool(pattern_last), place)
+
+
+def cell(box: np.ndarray) -> tuple[int, int] | None:
+    """Row and column of the 3x3 grid of the box's centre, None too near a line of the grid."""
+    x, y = _centre(box)
+    near_line = any(abs(value - line) < CELL_MARGIN for value in (x, y) for line in (1 / 3, 2 / 3))
+    return None if near_line else (int(3 * y), int(3 * x))
+
+
+def relation(box: np.ndarray, other: np.ndarray) -> str | None:
+    """Where `box` lies seen from `other`: one of RELATIONS, None if too far, too close or askew to say."""
+    dx, dy = _centre(box) - _centre(other)
+    along, askew = max(abs(dx), abs(dy)), min(abs(dx), abs(dy))
+    if along < APART or np.hypot(dx, dy) > NEAR or askew > 0.6 * along:
+        return None
+    left, right, above, below = RELATIONS
+    if abs(dx) > abs(dy):
+        return left if dx < 0 else right
+    return above if dy < 0 else below
+
+
+def holds(plan: Plan, boxes: np.ndarray) -> bool:
+    """Whether the place that the plan tells is true of `boxes`."""
+    if plan.place is None:
+        return True
+    first, second = plan.place
+    if isinstance(first, str):
+        return relation(boxes[plan.thing], boxes[second]) == first
+    return cell(boxes[plan.thing]) == plan.place
+
+
+def word_thing(plan: Plan, scene: Scene) -> str:
+    """The planned sentence about this scene."""
+    place = ""
+    if plan.place is not None:
+        first, second = plan.place
+        place = f"{first} the {_look(scene.things[second])}" if isinstance(first, str) else POSITIONS[first][second]
+    thing = _noun(scene.things[plan.thing], plan)
+    return plan.template.format(thing=thing, Thing=_capital(thing), place=place, Place=_capital(place))
+
+
+def word_overall(template: str, scene: Scene) -> str:
+    """The sentence about the whole scene: number of things and background."""
+    number, background = NUMBERS[len(scene.things)], f"a {scene.texture} {scene.background} background"
+    return template.format(number=number, Number=_capital(number), background=background, Background=_capital(background))
+
+
+def long_caption(plans: list[Plan | str], scene: Scene) -> tuple[str, list[Said]]:
+    """The sentences in the order of the plans (a text is the template of the overall sentence), and their spans."""
+    sentences = [word_overall(plan, scene) if isinstance(plan, str) else word_thing(plan, scene) for plan in plans]
+    said, start = [], 0
+    for plan, sentence in zip(plans, sentences, strict=True):
+        said.append(Said(None if isinstance(plan, str) else plan.thing, start, start + len(sentence)))
+        start += len(sentence) + 1
+    return " ".join(sentences), said
+
+
+def _centre(box: np.ndarray) -> np.ndarray:
+    return np.array([box[0] + box[2], box[1] + box[3]]) / 2
+
+
+def _look(thing: Thing) -> str:
+    return " ".join(thing.look)
+
+
+def _noun(thing: Thing, plan: Plan) -> str:
+    """Such as "a large striped red star" or "an orange cup with dots"."""
+    words = [thing.size] if plan.say_size else []
+    words += [thing.colour, thing.shape, PATTERN_ENDINGS[thing.pattern]] if plan.pattern_last else thing.look
+    article = "an" if words[0][0] in "aeiou" else "a"
+    return " ".join([article, *words])
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,115 @@
+"""The data source `scenes`: draws the images of all splits and hands over their captions and true boxes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fast_goal.config import number
+from fast_goal.data.sources import Loaded, source
+from fast_goal.data.sources.scenes.samples import SPLIT_NUMBERS, make_samples
+from fast_goal.files import atomic_path
+from fast_goal.progress import Progress
+
+CHUNK = 50  # indices a process draws at a time
+WORTH_PROCESSES = 400  # indices; fewer are drawn sooner than a second process starts
+
+Rows = dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class ScenesConfig:
+    """The section of the data set. `val` and `test` count scenes; each has a twin, so they give twice as many images."""
+
+    seed: int = number(0)
+    image_size: int = number(32)  # pixels
+    pretrain: int = number(0)
+    train: int = number(0)
+    val: int = number(0)
+    test: int = number(0)
+
+
+@source("scenes", ScenesConfig)
+def load(config: ScenesConfig, name: str, folder: Path, seed: int) -> Loaded:
+    """Draws the data set into `folder/<split>/<image_id>.png`.
+
+    What is drawn depends on `config` alone (its own seed, not the run's `seed`), to the byte. Images are written
+    atomically and always drawn anew, which takes no longer than checking them; other files in the
+    splits' folders are removed. An image that equals an earlier one is left out, counted as skipped.
+    """
+    return draw_all(config, name, folder, min(os.cpu_count() or 1, 16))
+
+
+def draw_all(config: ScenesConfig, name: str, folder: Path, processes: int) -> Loaded:
+    """As `load`, on `processes` processes; their number does not change the result."""
+    # Test first: of two equal images the one that is kept is never the one in a training split.
+    splits = sorted(SPLIT_NUMBERS, key=SPLIT_NUMBERS.__getitem__, reverse=True)
+    chunks = [
+        (split, range(start, min(start + CHUNK, getattr(config, split))))
+        for split in splits
+        for start in range(0, getattr(config, split), CHUNK)
+    ]
+    total = sum(len(indices) for _, indices in chunks)
+    rows: Rows = {"records": [], "truth": [], "objects": []}
+    work = partial(_draw_chunk, config.seed, config.image_size, folder)
+    with Progress(f"drawing {name}", total, "scenes") as progress, _mapper(processes if total >= WORTH_PROCESSES else 1) as run:
+        for (_, indices), drawn in zip(chunks, run(work, chunks), strict=True):
+            for table, values in drawn.items():
+                rows[table] += values
+            progress.update(len(indices))
+    rows, skipped = drop_repeated(rows)
+    kept = {folder / record["image_path"] for record in rows["records"]}
+    for split in splits:
+        for path in (folder / split).glob("*"):  # also what a killed run left half written
+            if path not in kept:
+                path.unlink()
+    return Loaded(root=folder, rows=rows["records"], skipped=skipped, truth=rows["truth"], objects=rows["objects"])
+
+
+def drop_repeated(rows: Rows) -> tuple[Rows, list[dict[str, Any]]]:
+    """Leaves out every image that equals an earlier one, with its rows in the other tables; rows of SKIPPED say which."""
+    first: dict[str, str] = {}
+    skipped = []
+    for record in rows["records"]:
+        original = first.setdefault(record["content_hash"], record["image_id"])
+        if original != record["image_id"]:
+            sample = {"sample": record["image_id"], "row": -1, "step": "download"}
+            skipped.append(sample | {"reason": "duplicate image", "detail": f"the same image as {original}"})
+    gone = {row["sample"] for row in skipped}
+    return {table: [row for row in values if row["image_id"] not in gone] for table, values in rows.items()}, skipped
+
+
+@contextmanager
+def _mapper(processes: int) -> Iterator[Any]:
+    """A `map` that keeps the order, in this process or over several."""
+    if processes <= 1:
+        yield map
+        return
+    # Not forked: the caller may have threads (of torch), which a fork leaves in an undefined state.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        try:
+            yield pool.map
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _draw_chunk(seed: int, image_size: int, folder: Path, chunk: tuple[str, Iterable[int]]) -> Rows:
+    split, indices = chunk
+    rows: Rows = {"records": [], "truth": [], "objects": []}
+    for index in indices:
+        for sample in make_samples(seed, split, index, image_size):
+            with atomic_path(folder / sample.record["image_path"]) as path:
+                path.write_bytes(sample.png)
+            rows["records"].append(sample.record)
+            rows["truth"] += sample.truth
+            rows["objects"] += sample.objects
+    return rows

@@ -1,0 +1,61 @@
+"""The steps of the pipeline, one module each: read the parameters, call a layer, write the outputs.
+
+`dvc repro` and `fast-goal <step>` come here. Each module has `main(params, track)`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from fast_goal.config import Params, load_params, to_dict
+from fast_goal.environment import prepare
+from fast_goal.errors import ConfigError
+
+STEPS = ("download", "base", "flism", "validate", "finetune", "evaluate", "register")
+SETTINGS = {"finetune": ("objective", "finetune")}  # sections of params.yaml a step reads; else the one of its name
+
+
+def run(step: str) -> None:
+    """Runs one step in the current folder (the project's), recorded as an MLflow run.
+
+    Raises ConfigError for an unknown step; errors of the step pass through, after its run is marked FAILED (KILLED for
+    an interrupt or a termination).
+    """
+    if step not in STEPS:
+        raise ConfigError(f"unknown step {step!r}. The steps are {', '.join(STEPS)}.")
+    prepare()
+    params = load_params()
+    from fast_goal.tracking.runs import step_run
+
+    with _termination_raises(), step_run(step, params) as track:
+        track.params(settings(step, params))
+        importlib.import_module(f"fast_goal.stages.{step}").main(params, track)
+
+
+def settings(step: str, params: Params) -> dict[str, Any]:
+    """What a step reads from params.yaml."""
+    values = to_dict(params)
+    return {"seed": params.seed, **{section: values[section] for section in SETTINGS.get(step, (step,))}}
+
+
+@contextmanager
+def _termination_raises() -> Iterator[None]:
+    """Turns a SIGTERM into SystemExit, so that the run is closed as KILLED instead of staying open."""
+    if threading.current_thread() is not threading.main_thread():  # the only one that may set handlers
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,52 @@
+"""The step `flism`: regions and local pairs of the training data set (`fast-goal flism`).
+
+Reads data/records/ and models/base/; writes data/flism/<dataset>/{regions,pairs,skipped}.parquet and pairs.png, and
+data/flism/metrics.json. Finished shards stay in .fast_goal/flism/, so that a killed run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fast_goal.config import Params
+
+if TYPE_CHECKING:
+    from fast_goal.tracking import Tracker
+
+BASE = Path("models/base")
+OUTPUT = Path("data/flism")
+CACHE = Path(".fast_goal/flism")
+HEADLINES = ("images_per_second", "mean_similarity", "true_region_share")
+
+
+def main(params: Params, track: Tracker) -> None:
+    """Runs FLISM over the splits `flism.splits` of the data set `download.train_dataset`."""
+    from fast_goal.data.records import PAIRS, REGIONS, SKIPPED, load_dataset, write_table
+    from fast_goal.environment import device, prepare
+    from fast_goal.files import write_json
+    from fast_goal.flism.detector import load_detector
+    from fast_goal.flism.engine import extract
+    from fast_goal.flism.metrics import flat
+    from fast_goal.flism.pictures import sheet
+    from fast_goal.model.clip import Clip
+
+    begin = time.monotonic()
+    prepare()
+    dataset = load_dataset(params.download.train_dataset)
+    track.input(dataset)
+    detector = None if params.flism.regions == "spatial" else load_detector(BASE / "detector", params.flism, device())
+    clip = Clip.load(BASE / "clip").to(device()).eval()
+    result = extract(dataset, clip, detector, params.flism, CACHE, device())
+
+    folder = OUTPUT / dataset.name
+    write_table(folder / "regions.parquet", result.regions, REGIONS)
+    write_table(folder / "pairs.parquet", result.pairs, PAIRS)
+    write_table(folder / "skipped.parquet", result.skipped, SKIPPED)
+    track.artifact(sheet(dataset, result.pairs, folder / "pairs.png"))
+    seconds = time.monotonic() - begin
+    write_json(OUTPUT / "metrics.json", {dataset.name: result.metrics, "seconds": seconds})
+    numbers = flat(result.metrics)
+    track.metrics({**numbers, "seconds": seconds})
+    track.headline({f"flism_{name}": numbers[name] for name in HEADLINES if name in numbers})

@@ -1,0 +1,175 @@
+"""The model card: what a registered model is, what it was trained on, how good it is, and what it must not be used for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fast_goal.config import Params
+
+NAMES = {"text_to_image": "text → image", "image_to_text": "image → text"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of both models. Shares in percent; `low` and `high` bound the difference (95 %)."""
+
+    name: str
+    base: float
+    finetuned: float
+    difference: float
+    low: float
+    high: float
+    chance: float | None
+
+
+def comparisons(metrics: Mapping[str, Any], path: Sequence[str] = ()) -> Iterator[Comparison]:
+    """Every metric in models/reports/metrics.json that compares the two models, wherever it stands.
+
+    Such metrics come in blocks: the same keys below `base`, `finetuned` and `difference` (value, low, high), and below
+    `chance` where it is known.
+    """
+    if all(isinstance(metrics.get(key), Mapping) for key in ("base", "finetuned", "difference")):
+        for keys, interval in _leaves(metrics["difference"]):
+            base, finetuned = _at(metrics["base"], keys), _at(metrics["finetuned"], keys)
+            if base is not None and finetuned is not None:
+                yield Comparison(
+                    " · ".join(NAMES.get(key, key) for key in (*path, *keys)),
+                    base,
+                    finetuned,
+                    interval["value"],
+                    interval["low"],
+                    interval["high"],
+                    _at(metrics.get("chance"), keys),
+                )
+    for key, value in metrics.items():
+        if isinstance(value, Mapping) and key not in ("base", "finetuned", "difference", "chance"):
+            yield from comparisons(value, (*path, str(key)))
+
+
+def metrics_table(metrics: Mapping[str, Any]) -> str:
+    """The comparisons as a Markdown table, without the slices by caption length; a sentence if there are none."""
+    rows = [row for row in comparisons(metrics) if "slices" not in row.name.split(" · ")]
+    if not rows:
+        return "No metrics compare the two models."
+    lines = [
+        "| metric (%) | base | fine-tuned | difference | 95 % interval | chance |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        chance = "" if row.chance is None else f"{row.chance:.1f}"
+        lines.append(
+            f"| {row.name} | {row.base:.1f} | {row.finetuned:.1f} | {row.difference:+.1f} "
+            f"| {row.low:+.1f} to {row.high:+.1f} | {chance} |"
+        )
+    return "\n".join(lines)
+
+
+def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Fine-tuned value, and difference to the base, of each metric at k = 1, named for MLflow."""
+    found: dict[str, float] = {}
+    for row in comparisons(metrics):
+        parts = row.name.split(" · ")
+        if parts[-1].endswith("@1") and "slices" not in parts:
+            words = {text: key for key, text in NAMES.items()}
+            name = ".".join(words.get(part, part) for part in parts)
+            found[name] = row.finetuned
+            found[f"{name}.difference"] = row.difference
+    return found
+
+
+def model_card(
+    params: Params, datasets: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], tags: Mapping[str, str]
+) -> str:
+    """The card as Markdown.
+
+    datasets: the contents of data/records/<name>.json, the training data set first. metrics: models/reports/metrics.json.
+    tags: what the registered version carries (commit, digests).
+    """
+    base, finetune, objective = params.base, params.finetune, params.objective
+    scratch = base.kind == "scratch"
+    origin = (
+        f"a small CLIP trained from scratch for {base.scratch.steps} steps on short captions"
+        if scratch
+        else f"open_clip's `{base.model}`" + (f" with the weights `{base.pretrained}`" if base.pretrained else "")
+    )
+    limits = [
+        "Descriptions in English. Text beyond the context length is cut off.",
+        "Measured on the test split named above and nothing else; the intervals speak of the choice of test images, not of "
+        "the training seed.",
+        "It inherits the biases of its base and of the captions. Not for identifying people, and not for decisions about them.",
+    ]
+    if scratch:
+        limits.insert(0, "**The base is weak**: trained from scratch on little data, it knows only the words and things of it.")
+    licence = (
+        "No third-party weights are in it. The terms of the training images and captions apply."
+        if scratch
+        else f"The weights derive from `{base.model}` / `{base.pretrained}`: its licence applies, and the terms of the images "
+        "and captions do too."
+    )
+    return "\n".join(
+        [
+            f"# {params.register.model_name}: CLIP fine-tuned for long descriptions",
+            "",
+            "Embeds images and long, detailed texts into one space, for search and ranking.",
+            "",
+            "## How to load it",
+            "```python",
+            "import mlflow, pandas",
+            f'model = mlflow.pyfunc.load_model("models:/{params.register.model_name}@{params.register.alias}")',
+            'model.predict(pandas.DataFrame({"text": ["A red kite flies over a green field."]}))["embedding"]',
+            "```",
+            "A row has either `text` or `image` (the bytes of an image file, or their base64 text). The embeddings have unit "
+            "length; their dot product is the similarity. Needed is what the model's requirements.txt lists. The files below "
+            "`data/` are an open_clip folder: `open_clip.create_model_and_transforms('local-dir:...')` loads it.",
+            "",
+            "## Method",
+            f"From {origin}, fine-tuned with the objective `{objective.get('name')}` (weights {objective.get('weights')}) for "
+            f"{finetune.epochs} epochs: batch {finetune.batch_size}, learning rate {finetune.learning_rate:g}, weight decay "
+            f"{finetune.weight_decay:g}, seed {params.seed}. Text context: {base.context_length} tokens. Pairs of region and "
+            f"sentence were found by FLISM (regions: {params.flism.regions}, best {params.flism.top_k} per image).",
+            "",
+            "## Data",
+            *[_dataset_line(info, params) for info in datasets],
+            "",
+            "## Results",
+            f"Split `{params.evaluate.split}`, in percent; the difference with its 95 % bootstrap interval.",
+            "",
+            metrics_table(metrics),
+            "",
+            "## Limits",
+            *[f"* {limit}" for limit in limits],
+            "",
+            "## Licence",
+            licence,
+            "",
+            "## Where it comes from",
+            *[f"* {name}: `{value}`" for name, value in tags.items()],
+            "",
+        ]
+    )
+
+
+def _dataset_line(info: Mapping[str, Any], params: Params) -> str:
+    counts = ", ".join(f"{split} {count:,}" for split, count in info["splits"].items() if count)
+    role = "training" if info["name"] == params.download.train_dataset else "evaluation only"
+    return f"* `{info['name']}` ({role}; source `{info['source']}`): {info['images']:,} images ({counts}), digest `{info['digest']}`."
+
+
+def _leaves(values: Mapping[str, Any], keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[str, float]]]:
+    for key, value in values.items():
+        if not isinstance(value, Mapping):
+            continue
+        if {"value", "low", "high"} <= value.keys():
+            yield (*keys, str(key)), value
+        else:
+            yield from _leaves(value, (*keys, str(key)))
+
+
+def _at(values: Any, keys: Sequence[str]) -> float | None:
+    for key in keys:
+        if not isinstance(values, Mapping) or key not in values:
+            return None
+        values = values[key]
+    return float(values) if isinstance(values, int | float) else None

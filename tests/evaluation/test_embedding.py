@@ -1,0 +1,170 @@
+"""One pass over a split: the same as encoding one by one, whatever the batch, and nothing twice."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from fast_goal.config import ScratchConfig
+from fast_goal.data.captions import tokenize
+from fast_goal.data.images import open_image
+from fast_goal.data.records import Dataset
+from fast_goal.errors import DataError
+from fast_goal.evaluation.embedding import answer, patch_maps, questions
+from fast_goal.model.clip import build_scratch
+
+CPU = torch.device("cpu")
+SIZES = [(96, 64), (64, 96), (64, 64), (150, 60), (64, 64), (80, 64), (64, 70)]
+
+
+@pytest.fixture(scope="module")
+def clip():
+    sizes = {"image_size": 64, "patch_size": 16, "embed_dim": 16, "vision_width": 32, "vision_layers": 1, "text_width": 32}
+    rest = {"text_layers": 1, "head_width": 16, "steps": 1, "batch_size": 2, "learning_rate": 1e-3, "weight_decay": 0.0}
+    return build_scratch(ScratchConfig(split="train", warmup_steps=0, **sizes, **rest), 32, seed=3).eval()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Image 2 has no long caption, 4 no short one; captions repeat; one caption exceeds the context of 32."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    rows, truth = [], []
+    for index, (width, height) in enumerate(SIZES):
+        Image.fromarray(generator.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(root / f"{index}.png")
+        caption = (
+            ""
+            if index == 2
+            else f"First there is a thing. Then comes number {index}." + " and so on" * (20 if index == 5 else 0)
+        )
+        rows.append(
+            {
+                "image_id": f"i{index}",
+                "image_path": f"{index}.png",
+                "width": width,
+                "height": height,
+                "split": "val" if index == 6 else "test",
+                "long_caption": caption,
+                "captions": [] if index == 4 else ["a thing", f"number {index % 2}"],
+            }
+        )
+        if caption and index != 4:
+            span = {"image_id": f"i{index}", "char_start": 0, "char_end": 23, "label": "thing"}
+            truth.append({**span, "sentence_index": 0, "x1": 0.0, "y1": 0.0, "x2": 30.0, "y2": 30.0})
+            truth.append(
+                {**span, "sentence_index": 1, "x1": width / 2, "y1": height / 2, "x2": width - 1.0, "y2": height - 1.0}
+            )
+    return Dataset("squares", root, pd.DataFrame(rows), pd.DataFrame(truth).iloc[::-1])
+
+
+class Counting:
+    """Counts the images and texts that a model is given."""
+
+    def __init__(self, clip):
+        self._clip, self.images, self.texts = clip, 0, 0
+
+    def __getattr__(self, name):
+        return getattr(self._clip, name)
+
+    def to(self, device):
+        self._clip.to(device)
+        return self
+
+    def __call__(self, images=None, tokens=None):
+        self.images += 0 if images is None else len(images)
+        self.texts += 0 if tokens is None else len(tokens)
+        return self._clip(images=images, tokens=tokens)
+
+
+def test_questions_leave_out_what_is_not_there(dataset):
+    asked = questions(dataset, "test")
+    assert asked.image_ids == [f"i{index}" for index in range(6)]
+    assert asked.long.images.tolist() == [0, 1, 3, 4, 5]
+    assert asked.short.images.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 5, 5]
+    assert asked.regions.source == "truth"
+    assert asked.regions.images.tolist() == [0, 0, 1, 1, 3, 3, 5, 5]
+    assert set(asked.regions.sentences) == {"First there is a thing."}
+    assert asked.regions.boxes[0].tolist() == [0, 0, 30, 30], "the first sentence of the first image"
+
+
+def test_boxes_of_flism_are_those_of_the_best_pairs(dataset):
+    without = Dataset("photos", dataset.root, dataset.records)
+    row = {"sentence_index": 0, "sentence": "a", "x1": 1.0, "y1": 2.0, "x2": 3.0, "y2": 4.0}
+    pairs = pd.DataFrame([{**row, "image_id": image, "rank": rank} for image in ("i3", "i0", "i6") for rank in (2, 1)])
+    regions = questions(without, "test", pairs).regions
+    assert (regions.source, regions.images.tolist(), regions.sentences) == ("flism", [0, 3], ["a", "a"])
+    assert questions(without, "test").regions.source == "none"
+    assert questions(without, "test", pairs[pairs.image_id == "i6"]).regions.source == "none"
+    assert questions(dataset, "test", pairs).regions.source == "truth", "the truth comes first"
+
+
+def test_a_split_without_images_is_an_error(dataset):
+    with pytest.raises(DataError, match="'squares' has no image in the split 'train'"):
+        questions(dataset, "train")
+
+
+@torch.inference_mode()
+def test_features_are_those_of_one_by_one_encoding(clip, dataset):
+    asked = questions(dataset, "test")
+    found = answer(clip, asked, "crop", 4, CPU)
+    for row, path in enumerate(asked.paths):
+        image = open_image(path)
+        expected = clip.encode_image(clip.view(*image.size, "crop").apply(image)[None])[0]
+        torch.testing.assert_close(found.image_features[row], expected, atol=1e-5, rtol=0)
+    for text, row in found.text_rows.items():
+        tokens, length = tokenize([text], 32)
+        torch.testing.assert_close(found.text_features[row], clip.encode_text(tokens)[0], atol=1e-5, rtol=0)
+        assert found.text_lengths[row] == length
+    assert found.image_features.dtype == found.text_features.dtype == torch.float32
+    assert (found.text_lengths > found.context_length).sum() == 1
+
+
+@pytest.mark.parametrize("mode", ["crop", "squash", "pad"])
+def test_patch_hits_are_those_of_a_loop(clip, dataset, mode):
+    asked = questions(dataset, "test")
+    found = answer(clip, asked, mode, 4, CPU)
+    for index, view in enumerate(patch_maps(clip, asked, range(8), mode, CPU)):
+        x1, y1, x2, y2 = view.box
+        centres = [(16 * column + 8, 16 * row + 8) for row in range(4) for column in range(4)]
+        inside = [x1 <= x < x2 and y1 <= y < y2 for x, y in centres]
+        order = sorted(range(16), key=lambda patch: -view.similarity.flatten()[patch])
+        expected = next((rank for rank, patch in enumerate(order, start=1) if inside[patch]), 17)
+        assert (found.first_hits[index], found.patches_inside[index]) == (expected, sum(inside))
+        assert view.image.size == (64, 64)
+    assert found.patches == 16
+
+
+def test_a_box_that_the_crop_cuts_off_is_a_miss(clip, dataset):
+    asked = questions(dataset, "test")
+    found = answer(clip, asked, "crop", 4, CPU)
+    wide = asked.regions.images.tolist().index(3)  # 150 x 60: the crop shows the middle 60 pixels, the box ends at 30
+    assert (found.patches_inside[wide], found.first_hits[wide]) == (0, 17)
+
+
+def test_the_batch_size_does_not_matter(clip, dataset):
+    asked = questions(dataset, "test")
+    one = answer(clip, asked, "crop", 1, CPU)
+    for size in (2, 5, 100):
+        other = answer(clip, asked, "crop", size, CPU)
+        torch.testing.assert_close(other.image_features, one.image_features, atol=1e-5, rtol=0)
+        torch.testing.assert_close(other.text_features, one.text_features, atol=1e-5, rtol=0)
+        assert other.first_hits.tolist() == one.first_hits.tolist()
+
+
+def test_every_image_and_distinct_text_is_encoded_once(clip, dataset):
+    counting = Counting(clip)
+    asked = questions(dataset, "test")
+    found = answer(counting, asked, "crop", 4, CPU)
+    assert counting.images == 6
+    distinct = {*asked.long.texts, *asked.short.texts, *asked.regions.sentences}
+    assert counting.texts == len(distinct) == len(found.text_rows)
+    assert found.rows(["a thing", "number 1", "a thing"]).tolist() == [
+        found.text_rows[t] for t in ("a thing", "number 1", "a thing")
+    ]
+
+
+def test_a_missing_image_is_named(clip, dataset):
+    records = dataset.records.assign(image_path=["absent.jpg", *dataset.records.image_path[1:]])
+    with pytest.raises(DataError, match=r"absent\.jpg"):
+        answer(clip, questions(Dataset("x", dataset.root, records), "test"), "crop", 4, CPU)

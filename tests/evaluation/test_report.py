@@ -1,0 +1,109 @@
+"""The sentences of the report follow the numbers."""
+
+from copy import deepcopy
+
+import pytest
+
+from fast_goal.evaluation.report import Facts, headlines, notes, verdict
+
+
+def retrieval(base, tuned, low, high):
+    ranks = {"median_rank": 1.0, "mean_rank": 1.0, "mrr": 1.0, "tied": 0.0}
+    return {
+        "images": 800,
+        "captions": 800,
+        "truncated": {"base": 0, "finetuned": 0},
+        "context_length": {"base": 248, "finetuned": 248},
+        "base": {way: {"R@1": base, **ranks} for way in ("text_to_image", "image_to_text")},
+        "finetuned": {way: {"R@1": tuned, **ranks} for way in ("text_to_image", "image_to_text")},
+        "difference": {
+            way: {"R@1": {"value": tuned - base, "low": low, "high": high}} for way in ("text_to_image", "image_to_text")
+        },
+        "chance": {way: {"R@1": 0.1} for way in ("text_to_image", "image_to_text")},
+    }
+
+
+def localisation(boxes="truth"):
+    return {
+        "boxes": boxes,
+        "sentences": 4000,
+        "without_centre": 0,
+        "base": {"hit@1": 15.0},
+        "finetuned": {"hit@1": 46.0},
+        "difference": {"hit@1": {"value": 31.0, "low": 28.0, "high": 34.0}},
+        "chance": {"hit@1": 14.0},
+    }
+
+
+@pytest.fixture
+def facts():
+    values = {field: "x" for field in Facts.__dataclass_fields__}
+    return Facts(**{**values, "bootstrap_samples": 1000, "seconds": {}, "objective": {}, "base_kind": "pretrained"})
+
+
+def test_headline():
+    lines = headlines({"scenes": {"long": retrieval(24.1, 50.3, 22.9, 29.4), "localisation": localisation()}})
+    assert lines[0].endswith("text-to-image R@1 24.1 → 50.3 % (+26.2, 95 % interval +22.9 to +29.4).")
+    assert "the most similar patch lies in the sentence's true box for 15.0 → 46.0 %" in lines[1]
+    assert "random patches: 14.0 %" in lines[1]
+
+
+def test_headline_of_an_unclear_difference():
+    assert headlines({"x": {"long": retrieval(24.0, 24.5, -1.0, 2.0)}})[0].endswith(
+        "(+0.5, 95 % interval −1.0 to +2.0: no difference shown)."
+    )
+    assert "the box that FLISM itself chose" in headlines({"x": {"localisation": localisation("flism")}})[0]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (0.1, 2, "higher"),
+        (-2, -0.1, "lower"),
+        (-1, 1, "no difference shown"),
+        (0, 2, "no difference shown"),
+        (0, 0, "no difference shown"),
+    ],
+)
+def test_verdict(low, high, words):
+    assert verdict({"low": low, "high": high}) == words
+
+
+def said(metrics, facts):
+    return "\n".join(notes(metrics, facts))
+
+
+def test_clear_results_need_no_warning(facts):
+    text = said({"scenes": {"long": retrieval(24.0, 50.0, 22.0, 30.0), "localisation": localisation()}}, facts)
+    for words in ("no difference shown", "worse", "exceed", "tied", "weak", "FLISM", "too small", "intervals are wide"):
+        assert words not in text
+    assert "1.1 times chance for the base, 3.3 times for the fine-tuned model" in text
+    assert "another training seed" in text
+
+
+def test_each_doubt_is_said(facts):
+    clear = {"long": retrieval(24.0, 50.0, 22.0, 30.0), "localisation": localisation()}
+    scratch = Facts(**{**facts.__dict__, "base_kind": "scratch", "scratch_split": "pretrain"})
+    assert "**The base is weak.**" in said({"x": clear}, scratch)
+    assert "24.0 % R@1 text-to-image on the long captions of `x` (chance 0.1 %)" in said({"x": clear}, scratch)
+    assert "no difference shown in R@1" in said({"x": {"long": retrieval(24.0, 25.0, -1.0, 3.0)}}, facts)
+    assert "partly forgotten" in said({"x": {"short": retrieval(24.0, 20.0, -6.0, -2.0)}}, facts)
+    assert "want of boxes" in said({"x": {"long": clear["long"]}}, facts)
+    assert "not ground truth" in said({"x": {"localisation": localisation("flism")}}, facts)
+
+    changed = deepcopy(clear)
+    changed["long"]["truncated"] = {"base": 30, "finetuned": 30}
+    changed["long"]["captions"] = 100
+    changed["long"]["finetuned"]["text_to_image"]["tied"] = 12.0
+    changed["localisation"]["without_centre"] = 7
+    text = said({"x": changed}, facts)
+    assert text.count("30 of 100 captions exceed the 248 tokens of either model") == 1
+    assert "only 100 captions" in text
+    assert "up to 12.0 % of the queries have a wrong candidate tied" in text
+    assert "7 of 4,000 boxes are too small" in text
+
+    changed["long"]["truncated"] = {"base": 60, "finetuned": 30}
+    changed["long"]["context_length"] = {"base": 77, "finetuned": 248}
+    text = said({"x": changed}, facts)
+    assert "60 of 100 captions exceed the 77 tokens of the base model" in text
+    assert "30 of 100 captions exceed the 248 tokens of the fine-tuned model" in text

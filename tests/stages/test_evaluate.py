@@ -1,0 +1,157 @@
+"""The step `evaluate` on two tiny models and a handful of drawn images, in a folder of its own."""
+
+import base64
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+from small_project import params, write_models, write_scenes
+
+from fast_goal.errors import DataError
+from fast_goal.stages import evaluate
+
+
+class Recorder:
+    """A tracker that remembers."""
+
+    run_id = None
+
+    def __init__(self):
+        self.numbers, self.heads, self.files, self.inputs = {}, {}, [], []
+
+    def params(self, values):
+        pass
+
+    def metrics(self, values, step=None):
+        self.numbers |= values
+
+    def headline(self, values):
+        self.heads |= values
+
+    def artifact(self, path, folder=""):
+        assert Path(path).is_file()
+        self.files.append(Path(path).name)
+
+    def tags(self, values):
+        pass
+
+    def input(self, dataset, context=""):
+        self.inputs.append((dataset.name, context))
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """The step run once over a data set with true boxes and one with none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("project"))
+        write_scenes("scenes")
+        write_scenes("photos", count=6, truth=False)
+        write_models()
+        track = Recorder()
+        evaluate.main(params("evaluate.datasets=[scenes,photos]"), track)
+        yield Path.cwd() / "models/reports", track
+
+
+def test_metrics_have_every_part(evaluated):
+    folder, _ = evaluated
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["seconds"] > 0
+    scenes = metrics["scenes"]
+    for kind in ("long", "short"):
+        for direction in ("text_to_image", "image_to_text"):
+            base, tuned = (scenes[kind][model][direction] for model in ("base", "finetuned"))
+            difference = scenes[kind]["difference"][direction]["R@1"]
+            assert difference["value"] == pytest.approx(tuned["R@1"] - base["R@1"])
+            assert difference["low"] <= difference["value"] <= difference["high"]
+            assert base["R@1"] <= base["R@5"] <= base["R@50"] == 100
+            assert base["median_rank"] >= 1
+    assert (scenes["long"]["captions"], scenes["long"]["images"]) == (12, 12)
+    assert scenes["short"]["captions"] == 18  # every fourth image has none
+    assert scenes["long"]["chance"]["text_to_image"]["R@1"] == pytest.approx(100 / 12)
+    assert scenes["localisation"]["boxes"] == "truth"
+    assert scenes["localisation"]["sentences"] == 24
+    assert metrics["photos"]["localisation"]["boxes"] == "flism"
+    assert metrics["photos"]["localisation"]["sentences"] == 6  # the best pair of each image
+
+
+def test_the_report_says_what_the_numbers_say(evaluated):
+    folder, _ = evaluated
+    metrics = json.loads((folder / "metrics.json").read_text())
+    text = (folder / "report.md").read_text()
+    recall = [metrics["scenes"]["long"][model]["text_to_image"]["R@1"] for model in ("base", "finetuned")]
+    assert f"text-to-image R@1 {recall[0]:.1f} → {recall[1]:.1f} %" in text.split("##")[0]
+    assert "**The base is weak.**" in text
+    assert "no difference shown" in text
+    assert "Agreement with FLISM's own pairs, not ground truth" in text
+    assert "1 min 15 s" in text, "the time of finetune"
+    assert "{{" not in text and "{%" not in text
+
+
+def test_tables_of_the_report_are_whole(evaluated):
+    text = (evaluated[0] / "report.md").read_text()
+    tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+    assert len(tables) >= 8
+    for table in tables:
+        assert len({line.count("|") for line in table.splitlines()}) == 1, table
+
+
+def test_the_html_report_needs_no_other_file(evaluated):
+    folder, _ = evaluated
+    page = (folder / "report.html").read_text()
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) == len(re.findall(r"!\[", (folder / "report.md").read_text())) >= 6
+    for source in sources:
+        head, data = source.split(",", 1)
+        assert head == "data:image/png;base64"
+        assert base64.b64decode(data).startswith(b"\x89PNG")
+    assert "<script" not in page and "http" not in page
+    assert page.count("<table>") == page.count('<div class="table">') >= 8
+
+
+def test_csv_files_for_the_plots(evaluated):
+    folder, _ = evaluated
+    rows = list(csv.DictReader((folder / "recall.csv").open()))
+    assert list(rows[0]) == ["dataset", "captions", "direction", "k", "model", "recall"]
+    assert len(rows) == 2 * 2 * 2 * 3 * 3  # data sets, caption kinds, directions, ks, models and chance
+    history = list(csv.DictReader((folder / "history.csv").open()))
+    assert len(history) == 10 and {"step", "loss", "global"} <= set(history[0])
+
+
+def test_what_is_tracked(evaluated):
+    _, track = evaluated
+    assert {"report.md", "report.html", "scenes_retrieval.png", "scenes_localisation.png", "loss.png"} <= set(track.files)
+    assert "scenes.long.finetuned.text_to_image.R1" in track.numbers
+    assert "scenes.long.difference.text_to_image.R1.low" in track.numbers
+    assert "scenes.localisation.chance.hit1" in track.heads
+    assert len(track.heads) == 2 * (2 * 2 * 2 + 3)
+    assert all(re.fullmatch(r"[\w./ -]+", name) for name in track.numbers), "the characters every MLflow store allows"
+    assert track.inputs == [("scenes", "evaluation"), ("photos", "evaluation")]
+
+
+def test_without_git_history_and_boxes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    write_scenes("photos", count=4, truth=False)
+    write_models()
+    Path("data/flism/photos/pairs.parquet").unlink()
+    Path("models/finetune/history.jsonl").unlink()
+    evaluate.main(params("evaluate.datasets=[photos]", "evaluate.pictures=0", "base.kind=pretrained"), Recorder())
+    text = Path("models/reports/report.md").read_text()
+    assert "`none`" in text, "the commit"
+    assert "no localisation, for want of boxes" in text
+    assert "**The base is weak.**" not in text
+    assert Path("models/reports/history.csv").read_text() == "step,loss\n"
+    assert not list(Path("models/reports").glob("*retrieval.png"))
+
+
+def test_an_empty_split_and_a_broken_image_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_scenes("photos", count=4)
+    write_models()
+    with pytest.raises(DataError, match="no image in the split 'val'"):
+        evaluate.main(params("evaluate.datasets=[photos]", "evaluate.split=val"), Recorder())
+    Path("data/datasets/photos/2.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"2\.png"):
+        evaluate.main(params("evaluate.datasets=[photos]"), Recorder())

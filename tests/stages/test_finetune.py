@@ -1,0 +1,109 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from small_training import RecordingTracker, params, write_project
+
+from fast_goal.errors import DataError
+from fast_goal.model.clip import Clip, build_scratch
+from fast_goal.stages import finetune
+from fast_goal.training import loop
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_project()
+    build_scratch(params().base.scratch, context_length=248).save(Path("models/base/clip"), {"step": "base"})
+
+
+def history() -> list[dict]:
+    records = [json.loads(line) for line in Path("models/finetune/history.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "samples_per_second"} for record in records]
+
+
+def kill_after(monkeypatch, step: int, *overrides: str) -> None:
+    save = loop.save_state
+
+    def kill(*arguments):
+        save(*arguments)
+        if arguments[-1]["step"] == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(loop, "save_state", kill)
+        finetune.main(params(*overrides), RecordingTracker())
+
+
+def test_writes_a_model_that_open_clip_loads(monkeypatch):
+    track = RecordingTracker()
+    finetune.main(params(), track)
+    import open_clip
+
+    model, _, _ = open_clip.create_model_and_transforms("local-dir:models/finetune")
+    assert model.context_length == 248
+    base, tuned = Clip.load("models/base/clip"), Clip.load("models/finetune")
+    assert not torch.equal(base.model.visual.proj, tuned.model.visual.proj)
+    metrics = json.loads(Path("models/finetune/metrics.json").read_text())
+    assert metrics["steps"] == 6 and metrics["counts"]["pairs"] == 9 and metrics["seconds"] > 0
+    info = json.loads(Path("models/finetune/fast_goal.json").read_text())
+    assert info["method"]["name"] == "fast_goal" and info["dataset"]["name"] == "scenes" and len(info["base"]["digest"]) == 16
+    assert info["metrics"]["final"]["loss"] == metrics["final"]["loss"]
+    assert not list(Path(".fast_goal/state/finetune").iterdir())
+    steps = [record for record in history() if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, 7))
+    assert set(steps[0]) == {
+        "step", "epoch", "loss", "global", "local", "tsl_image", "tsl_text", "learning_rate", "logit_scale"
+    }  # fmt: skip
+    measured = [record for record in history() if "loss" not in record]
+    assert [record["epoch"] for record in measured] == [1, 2, 3]
+    assert all(0 <= record[f"val_{way}_R@1"] <= 100 for record in measured for way in ("text_to_image", "image_to_text"))
+    assert [step for step, _ in track.curve] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
+    assert track.numbers["final_loss"] == metrics["final"]["loss"] and track.inputs == ["scenes"]
+    assert track.artifacts == ["history.jsonl", "metrics.json"]
+
+
+def test_a_killed_run_continues_and_its_history_is_whole(monkeypatch):
+    finetune.main(params(), RecordingTracker())
+    whole, whole_history = Clip.load("models/finetune").state_dict(), history()
+    kill_after(monkeypatch, 3)
+    track = RecordingTracker()
+    # what does not change the result may differ
+    finetune.main(params("finetune.save_every=100"), track)
+    assert json.loads(Path("models/finetune/metrics.json").read_text())["resumed_at_step"] == 3
+    assert history() == whole_history
+    assert [step for step, _ in track.curve] == [record["step"] for record in whole_history]
+    assert all(torch.equal(value, whole[name]) for name, value in Clip.load("models/finetune").state_dict().items())
+
+
+@pytest.mark.parametrize("change", ["seed=1", "finetune.learning_rate=0.01", "objective.weights.local=0.25"])
+def test_other_parameters_start_from_the_beginning(monkeypatch, change):
+    kill_after(monkeypatch, 3)
+    finetune.main(params(change), RecordingTracker())
+    assert json.loads(Path("models/finetune/metrics.json").read_text())["resumed_at_step"] == 0
+
+
+def test_another_base_starts_from_the_beginning(monkeypatch):
+    kill_after(monkeypatch, 3)
+    build_scratch(params().base.scratch, context_length=248, seed=1).save(Path("models/base/clip"), {})
+    finetune.main(params(), RecordingTracker())
+    assert json.loads(Path("models/finetune/metrics.json").read_text())["resumed_at_step"] == 0
+
+
+def test_the_global_objective_needs_no_pairs():
+    Path("data/flism/scenes/pairs.parquet").unlink()
+    finetune.main(params("objective=global"), RecordingTracker())
+    assert "local" not in history()[0]
+    with pytest.raises(DataError, match=r"pairs\.parquet.*flism"):
+        finetune.main(params(), RecordingTracker())
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_without_a_validation_split_nothing_is_measured(tmp_path, monkeypatch, images):
+    (tmp_path / "other").mkdir()
+    Path("models").rename("other/models")
+    monkeypatch.chdir("other")
+    write_project({"train": 5, "val": images})
+    finetune.main(params(), RecordingTracker())
+    assert all("loss" in record for record in history())

@@ -1,0 +1,174 @@
+"""The step `validate` on a data set on disk: its files, what it tells the tracker, and how it stops the pipeline."""
+
+import dataclasses
+import hashlib
+import json
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from fast_goal.config import Params, build
+from fast_goal.configure import compose
+from fast_goal.data.records import PAIRS, REGIONS, SKIPPED, load_dataset, read_table, write_dataset, write_table
+from fast_goal.errors import DataError, ValidationError
+from fast_goal.stages import validate
+
+SENTENCES = ["A red ball lies on the left.", "A blue box stands on the right."]
+CAPTION = " ".join(SENTENCES)
+
+
+class Recorder:
+    """A tracker that keeps what it is told."""
+
+    run_id = None
+
+    def __init__(self):
+        self.logged, self.artifacts, self.inputs = {}, [], []
+
+    def metrics(self, values, step=None):
+        self.logged.update(values)
+
+    def artifact(self, path, folder=""):
+        assert path.exists()
+        self.artifacts.append((path.name, folder))
+
+    def input(self, dataset, context=""):
+        self.inputs.append(dataset.name)
+
+
+def make_dataset(name, splits, brightness=0):
+    root = validate.Path("data/datasets") / name
+    root.mkdir(parents=True)
+    rows = []
+    for number, split in enumerate(splits):
+        path = root / f"{number}.png"
+        Image.new("RGB", (40, 30), (number, brightness, 0)).save(path)
+        rows.append(
+            {
+                "image_id": f"{number}",
+                "image_path": path.name,
+                "width": 40,
+                "height": 30,
+                "split": split,
+                "long_caption": CAPTION,
+                "captions": ["A ball."],
+                "source": "folder",
+                "content_hash": hashlib.sha256(path.read_bytes()).hexdigest(),
+            }
+        )
+    write_dataset(name, root, rows, [], source="folder")
+    return rows
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project with the data set `photos` and its regions and pairs."""
+    monkeypatch.chdir(tmp_path)
+    rows = make_dataset("photos", ["train", "train", "val", "test"])
+    box = {"region_index": 0, "x1": 0.0, "y1": 0.0, "x2": 20.0, "y2": 15.0, "kind": "quadrant"}
+    words = {
+        "rank": 1,
+        "sentence_index": 0,
+        "sentence": SENTENCES[0],
+        "char_start": 0,
+        "char_end": len(SENTENCES[0]),
+        "similarity": 0.3,
+    }
+    write_table(
+        "data/flism/photos/regions.parquet",
+        [{"image_id": row["image_id"], **box, "label": "", "score": 1.0} for row in rows],
+        REGIONS,
+    )
+    write_table("data/flism/photos/pairs.parquet", [{"image_id": row["image_id"], **box, **words} for row in rows], PAIRS)
+    write_table("data/flism/photos/skipped.parquet", [], SKIPPED)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def params():
+    values = compose(["experiment=own_photos", "download.datasets.photos.root=somewhere", "+validate.expected_counts.train=2"])
+    return build(Params, values, "params.yaml")
+
+
+def test_a_good_data_set(project, params):
+    track = Recorder()
+    validate.main(params, track)
+    output = project / "data/validation"
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["expectations"]["failed"] == summary["expectations"]["critical"] == 0
+    assert summary["expectations"]["passed"] == len(summary["outcomes"]) > 25
+    assert summary["datasets"] == {"photos": {"images": 4, "regions": 4, "pairs": 4, "skipped": 0}}
+    assert summary["seconds"] >= 0
+    assert (output / "data_docs/index.html").is_file()
+    text = (output / "summary.md").read_text()
+    for suite in ("photos_records (4 rows)", "photos_regions", "photos_pairs"):
+        assert f"## {suite}" in text
+    card = (output / "data_card.md").read_text()
+    assert "## photos" in card
+    assert (output / "photos_caption_tokens.png").is_file()
+    assert "(photos_caption_tokens.png)" in card
+    assert track.logged["expectations_failed"] == 0
+    assert track.logged["photos_images"] == 4
+    assert track.inputs == ["photos"]
+    assert track.artifacts == [
+        ("summary.md", ""),
+        ("data_card.md", ""),
+        ("photos_caption_tokens.png", ""),
+        ("data_docs", "data_docs"),
+    ]
+
+
+def test_critical_failures_stop_the_pipeline_after_the_reports_are_written(project, params):
+    (project / "data/datasets/photos/1.png").unlink()
+    pairs = read_table("data/flism/photos/pairs.parquet", PAIRS)
+    write_table("data/flism/photos/pairs.parquet", pairs.assign(similarity=[0.1, 0.2, 3.0, 0.4]), PAIRS)
+    track = Recorder()
+    with pytest.raises(ValidationError) as caught:
+        validate.main(params, track)
+    message = str(caught.value)
+    assert message.startswith("2 critical expectations failed; data/validation/summary.md")
+    assert "photos_records, files_exist: every image file exists: 1 of 4 rows fail" in message
+    assert "row 1, image_id '1': no file 1.png" in message
+    assert "row 2, image_id '2', rank 1: similarity 3" in message
+    assert message.count("    fix: ") == 2
+    output = project / "data/validation"
+    assert json.loads((output / "summary.json").read_text())["expectations"]["critical"] == 2
+    assert "## Critical failures" in (output / "summary.md").read_text()
+    assert (output / "data_card.md").is_file()
+    assert (output / "data_docs/index.html").is_file()
+    assert ("data_docs", "data_docs") in track.artifacts
+    assert track.logged["expectations_critical"] == 2
+
+
+def test_a_warning_is_listed_and_does_not_stop_the_pipeline(project, params):
+    dataset = load_dataset("photos")
+    records = dataset.records
+    records.loc[2, "content_hash"] = records.loc[0, "content_hash"]  # val and train
+    write_dataset("photos", dataset.root, records, [], source="folder")
+    validate.main(params, Recorder())
+    summary = json.loads((project / "data/validation/summary.json").read_text())
+    assert summary["expectations"]["warnings"] == 1
+    text = (project / "data/validation/summary.md").read_text()
+    assert "## Warnings" in text
+    assert (
+        "row 2, image_id '2', image_path '2.png': the same content_hash as image '0' of split train of photos (row 0)" in text
+    )
+
+
+def test_another_data_set_is_checked_against_the_training_images(project, params):
+    rows = make_dataset("others", ["test", "test"], brightness=50)
+    both = {**params.download.datasets, "others": {}}
+    params = dataclasses.replace(params, download=dataclasses.replace(params.download, datasets=both))
+    validate.main(params, Recorder())
+    assert "## others" in (project / "data/validation/data_card.md").read_text()
+    rows[1]["content_hash"] = load_dataset("photos").records["content_hash"][0]
+    write_dataset("others", "data/datasets/others", pd.DataFrame(rows), [], source="folder")
+    with pytest.raises(ValidationError, match=r"others_records, no_test_image_in_training"):
+        validate.main(params, Recorder())
+
+
+def test_without_flism_the_error_names_the_table_and_the_step(project, params):
+    (project / "data/flism/photos/pairs.parquet").unlink()
+    with pytest.raises(DataError, match=r"data/flism/photos/pairs.parquet.*flism"):
+        validate.main(params, Recorder())

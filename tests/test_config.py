@@ -1,0 +1,119 @@
+"""The configuration: groups compose, params.yaml is the demo's composition, wrong keys and values are named in full."""
+
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fast_goal.config import Params, build, load_params
+from fast_goal.configure import CONF, check, compose, configure, groups
+from fast_goal.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def demo() -> dict:
+    return compose()
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_and_passes_the_checks(experiment: str):
+    overrides = [f"experiment={experiment}"]
+    if experiment.startswith("own_photos"):
+        overrides.append("download.datasets.photos.root=photos")
+    params = check(compose(overrides))
+    assert params.experiment == experiment
+
+
+@pytest.mark.parametrize("group", [name for name in groups() if name not in ("experiment", "dataset", "download")])
+def test_every_option_of_every_group_composes(group: str):
+    for option in groups()[group]:
+        check(compose([f"{group}={option}"]))
+
+
+def test_committed_params_are_the_composed_demo(demo: dict):
+    assert yaml.safe_load((ROOT / "params.yaml").read_text()) == demo, "run `fast-goal configure`"
+
+
+def test_configure_writes_what_load_params_reads(tmp_path: Path):
+    written = configure(["finetune.epochs=3", "seed=7"], tmp_path / "params.yaml")
+    read = load_params(tmp_path / "params.yaml")
+    assert read == written
+    assert (read.finetune.epochs, read.seed) == (3, 7)
+
+
+def test_an_invalid_configuration_leaves_the_file_as_it_was(tmp_path: Path):
+    path = tmp_path / "params.yaml"
+    path.write_text("before")
+    with pytest.raises(ConfigError):
+        configure(["finetune.epochs=0"], path)
+    assert path.read_text() == "before"
+
+
+def changed(values: dict, key: str, value: object) -> dict:
+    values = deepcopy(values)
+    place = values
+    *parents, last = key.split(".")
+    for parent in parents:
+        place = place[parent]
+    place[last] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("finetune.epochs", 0, "finetune.epochs = 0: expected at least 1"),
+        ("finetune.epochs", "three", "finetune.epochs = 'three': expected int"),
+        ("finetune.epochs", True, "finetune.epochs = True: expected int"),
+        ("finetune.learning_rate", 0.0, "finetune.learning_rate = 0.0: expected more than 0"),
+        ("finetune.learning_rate", float("nan"), "finetune.learning_rate = nan"),
+        ("finetune.gradient_clip", -1.0, "finetune.gradient_clip = -1.0"),
+        ("finetune.epoch", 3, "unknown key finetune.epoch = 3. Did you mean finetune.epochs?"),
+        ("base.scratch.widht", 3, "unknown key base.scratch.widht"),
+        ("flism.confidence", 1.5, "flism.confidence = 1.5: expected at most 1"),
+        ("flism.regions", "all", "flism.regions = 'all': expected one of"),
+        ("download.train_dataset", "docci", "download.train_dataset = 'docci' is not one of download.datasets: ['scenes']"),
+        ("download.datasets.scenes.source", "scene", "download.datasets.scenes.source"),
+        ("download.datasets.scenes.train", -5, "download.datasets.scenes.train = -5"),
+        ("download.datasets.scenes.trian", 5, "download.datasets.scenes.trian"),
+        ("objective.weights", {"globl": 1.0}, "objective.weights.globl"),
+        ("evaluate.ks", [1, "five"], "evaluate.ks[1] = 'five'"),
+        ("seed", None, "seed = None"),
+        ("nonsense", 1, "unknown key nonsense"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_full_key(demo: dict, key: str, value: object, message: str):
+    with pytest.raises(ConfigError) as error:
+        check(changed(demo, key, value))
+    assert message in str(error.value)
+
+
+def test_a_missing_key_is_named(demo: dict):
+    values = deepcopy(demo)
+    del values["finetune"]["epochs"]
+    with pytest.raises(ConfigError, match=r"missing key finetune\.epochs"):
+        build(Params, values, "params.yaml")
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(demo: dict):
+    values = changed(demo, "finetune.learning_rate", yaml.safe_load("5e-6"))
+    assert build(Params, values, "params.yaml").finetune.learning_rate == 5e-6
+
+
+def test_unknown_override_names_the_key():
+    with pytest.raises(ConfigError, match=r"finetune\.epocs"):
+        compose(["finetune.epocs=3"])
+
+
+def test_a_value_that_must_be_given_is_asked_for_with_the_command():
+    with pytest.raises(ConfigError, match=r"fast-goal configure experiment=own_photos download\.datasets\.photos\.root=VALUE"):
+        compose(["experiment=own_photos"])
+
+
+def test_missing_params_file_says_how_to_write_it(tmp_path: Path):
+    with pytest.raises(ConfigError, match="fast-goal configure"):
+        load_params(tmp_path / "params.yaml")

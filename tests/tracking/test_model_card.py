@@ -1,0 +1,65 @@
+from fast_goal.tracking.model_card import comparisons, headline, metrics_table, model_card
+
+INTERVAL = {"value": 2.0, "low": 1.0, "high": 3.0}
+METRICS = {
+    "seconds": 3.0,
+    "scenes": {
+        "long": {
+            "images": 8,
+            "base": {"text_to_image": {"R@1": 10.0, "R@5": 20.0, "tied": 0.0}},
+            "finetuned": {"text_to_image": {"R@1": 12.0, "R@5": 19.0, "tied": 0.0}},
+            "difference": {"text_to_image": {"R@1": INTERVAL, "R@5": {"value": -1.0, "low": -2.0, "high": 0.0}}},
+            "chance": {"text_to_image": {"R@1": 0.5, "R@5": 2.5}},
+            "slices": {
+                "up to 77": {"base": {"R@1": 1.0}, "finetuned": {"R@1": 3.0}, "difference": {"R@1": INTERVAL}},
+            },
+        },
+        "localisation": {"base": {"hit@1": 15.0}, "finetuned": {"hit@1": 17.0}, "difference": {"hit@1": INTERVAL}},
+    },
+}
+
+
+def test_comparisons_are_found_wherever_they_stand():
+    found = {row.name: row for row in comparisons(METRICS)}
+    assert list(found) == [
+        "scenes · long · text → image · R@1",
+        "scenes · long · text → image · R@5",
+        "scenes · long · slices · up to 77 · R@1",
+        "scenes · localisation · hit@1",
+    ]
+    row = found["scenes · long · text → image · R@5"]
+    assert (row.base, row.finetuned, row.difference, row.low, row.high, row.chance) == (20.0, 19.0, -1.0, -2.0, 0.0, 2.5)
+    assert found["scenes · localisation · hit@1"].chance is None
+
+
+def test_table():
+    lines = metrics_table(METRICS).splitlines()
+    assert lines[2] == "| scenes · long · text → image · R@1 | 10.0 | 12.0 | +2.0 | +1.0 to +3.0 | 0.5 |"
+    assert lines[3].startswith("| scenes · long · text → image · R@5 | 20.0 | 19.0 | -1.0 |")
+    assert len(lines) == 5, "without the slices"
+    assert metrics_table({}) == "No metrics compare the two models."
+
+
+def test_headline():
+    assert headline(METRICS) == {
+        "scenes.long.text_to_image.R@1": 12.0,
+        "scenes.long.text_to_image.R@1.difference": 2.0,
+        "scenes.localisation.hit@1": 17.0,
+        "scenes.localisation.hit@1.difference": 2.0,
+    }
+
+
+def test_card_says_what_matters(params):
+    info = {"name": "scenes", "source": "scenes", "images": 30, "splits": {"train": 20, "val": 0, "test": 10}, "digest": "abc"}
+    card = model_card(params, [info], METRICS, {"git_commit": "1234567"})
+    for text in (
+        "models:/fast-goal@candidate",
+        "30 images (train 20, test 10), digest `abc`",
+        "+1.0 to +3.0",
+        "The base is weak",
+        "fast_goal",
+        "* git_commit: `1234567`",
+        "## Limits",
+        "## Licence",
+    ):
+        assert text in card

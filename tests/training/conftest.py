@@ -1,0 +1,93 @@
+"""A tiny data set on disk and a tiny CLIP: real files, real model, fractions of a second."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from fast_goal.config import ScratchConfig
+from fast_goal.data.captions import split_sentences
+from fast_goal.data.records import Dataset
+
+COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "black", "white", "brown", "pink", "cyan", "grey"]
+
+
+def scratch_config(**changes) -> ScratchConfig:
+    values = {
+        "split": "pretrain",
+        "image_size": 32,
+        "patch_size": 8,
+        "embed_dim": 16,
+        "vision_width": 16,
+        "vision_layers": 2,
+        "text_width": 16,
+        "text_layers": 1,
+        "head_width": 8,
+        "steps": 20,
+        "batch_size": 4,
+        "learning_rate": 5e-3,
+        "weight_decay": 0.1,
+        "warmup_steps": 2,
+    }
+    return ScratchConfig(**(values | changes))
+
+
+@pytest.fixture
+def make_scratch_config() -> Callable[..., ScratchConfig]:
+    """Makes the config of the tiny CLIP, with changes."""
+    return scratch_config
+
+
+@pytest.fixture
+def tiny_clip():
+    """Makes a CLIP of width 16 that reads 40 tokens; equal weights at every call."""
+    from fast_goal.model.clip import build_scratch
+
+    return lambda context_length=40, seed=0: build_scratch(scratch_config(), context_length=context_length, seed=seed)
+
+
+@pytest.fixture
+def make_scenes(tmp_path) -> Callable[..., tuple[Dataset, pd.DataFrame]]:
+    """Makes `count` images of one coloured rectangle each, in the splits train and pretrain, with pairs about it."""
+
+    def make(count: int = 12, root: Path = tmp_path) -> tuple[Dataset, pd.DataFrame]:
+        rows, pairs = [], []
+        for index in range(count):
+            colour = COLOURS[index % len(COLOURS)]
+            rng = np.random.default_rng(index)
+            width, height = 60 + index, 40
+            pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
+            # near the left edge, so that the centre crop cuts some of it
+            box = (float(8 + index), 5.0, float(30 + index), 25.5)
+            pixels[5:25, 8 + index : 30 + index] = [20 * index, 255 - 20 * index, (index * 67) % 256]
+            (root / "images").mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(root / "images" / f"{index}.png")
+            caption = f"A noisy picture number {index}. There is a {colour} box at the left. Nothing else is seen."
+            sentence = split_sentences(caption)[1]
+            rows.append(
+                {
+                    "image_id": f"image{index}",
+                    "image_path": f"images/{index}.png",
+                    "width": width,
+                    "height": height,
+                    "long_caption": caption,
+                    "captions": [f"a {colour} box", f"one {colour} rectangle"],
+                }
+            )
+            pairs.append(
+                {
+                    "image_id": f"image{index}",
+                    "rank": 1,
+                    "sentence": sentence.text,
+                    "char_start": sentence.start,
+                    "char_end": sentence.end,
+                    **dict(zip(["x1", "y1", "x2", "y2"], box, strict=True)),
+                }
+            )
+        records = pd.concat([pd.DataFrame(rows).assign(split=split) for split in ("train", "pretrain")])
+        return Dataset(name="tiny", root=root, records=records), pd.DataFrame(pairs)
+
+    return make

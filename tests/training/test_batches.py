@@ -1,0 +1,202 @@
+import dataclasses
+import logging
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from fast_goal.data import images as images_module
+from fast_goal.data.captions import tokenize
+from fast_goal.data.images import View
+from fast_goal.errors import DataError
+from fast_goal.training import batches as batches_module
+from fast_goal.training.batches import EpochBatches, Loader, PairDataset
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(value, vars(b)[name]) for name, value in vars(a).items())
+
+
+def test_batch_holds_what_the_tables_say(make_scenes, tiny_clip):
+    dataset, pairs = make_scenes()
+    clip = tiny_clip()
+    samples = PairDataset(dataset, "train", pairs, clip)
+    batch = samples[[5, 0, 3]]
+    assert batch.images.shape == (6, 3, 32, 32)
+    assert batch.local_rows.tolist() == [0, 1, 2]
+    for row, index in enumerate([5, 0, 3]):
+        record, pair = dataset.split("train").iloc[index], pairs.iloc[index]
+        with Image.open(dataset.path(record.image_path)) as image:
+            view = View(image.width, image.height, 32)
+            assert torch.equal(batch.images[row], view.apply(image))
+            # the crop's edges are whole pixels, except the lower one: 25.5 is rounded outwards
+            part = image.crop((int(pair.x1), 5, int(pair.x2), 26))
+            assert torch.equal(batch.images[3 + row], View(part.width, part.height, 32).apply(part))
+        assert batch.boxes[row].tolist() == pytest.approx(view.box((pair.x1, pair.y1, pair.x2, pair.y2)), abs=1e-5)
+        first, last = batch.spans[row].tolist()
+        # the sentence's own tokens, without start and end, are those of its span
+        alone, lengths = tokenize([pair.sentence], 40)
+        assert batch.long_tokens[row, first:last].tolist() == alone[0, 1 : int(lengths[0]) - 1].tolist()
+        assert batch.sentence_tokens[row, : int(lengths[0])].tolist() == alone[0, : int(lengths[0])].tolist()
+
+
+def test_each_image_is_decoded_once(make_scenes, tiny_clip, monkeypatch):
+    dataset, pairs = make_scenes()
+    opened = []
+
+    def counting(path):
+        opened.append(path.name)
+        return images_module.open_image(path)
+
+    monkeypatch.setattr(batches_module, "open_image", counting)
+    PairDataset(dataset, "train", pairs, tiny_clip())[[1, 2, 7]]
+    assert opened == ["1.png", "2.png", "7.png"]
+
+
+def test_texts_are_trimmed_per_batch(make_scenes, tiny_clip):
+    dataset, pairs = make_scenes()
+    dataset.records.loc[dataset.records["image_id"] == "image3", "long_caption"] += " And" * 12 + "."
+    samples = PairDataset(dataset, "train", pairs, tiny_clip())
+    short, long = samples[[0, 1]].long_tokens, samples[[0, 3]].long_tokens
+    assert long.shape[1] >= short.shape[1] + 10
+    assert torch.equal(long[0, : short.shape[1]], short[0])
+    assert samples[[0, 1]].sentence_tokens.shape[1] < short.shape[1]
+
+
+def test_samples_without_a_pair_are_global_only(make_scenes, tiny_clip, caplog):
+    dataset, pairs = make_scenes()
+    with caplog.at_level(logging.WARNING):
+        samples = PairDataset(dataset, "train", pairs[pairs.image_id.isin(["image2", "image5"])], tiny_clip())
+    assert samples.counts["without_pair"] == 10 and "10 of 12 samples have no local pair" in caplog.text
+    batch = samples[[1, 5, 3, 2]]
+    assert len(batch.images) == 6 and batch.local_rows.tolist() == [1, 3]
+    assert len(batch.boxes) == len(batch.spans) == len(batch.sentence_tokens) == 2
+    nobody = samples[[0, 1]]
+    assert len(nobody.images) == 2
+    assert [len(nobody.local_rows), len(nobody.boxes), len(nobody.spans), len(nobody.sentence_tokens)] == [0, 0, 0, 0]
+
+
+def test_no_crops_where_the_objective_has_no_local_term(make_scenes, tiny_clip, monkeypatch):
+    dataset, pairs = make_scenes()
+    monkeypatch.setattr(batches_module, "crop", lambda *_: pytest.fail("a crop was made"))
+    for table in (pairs, None):
+        batch = PairDataset(dataset, "train", table, tiny_clip(), local=False)[[0, 1]]
+        assert len(batch.images) == 2 and len(batch.local_rows) == 0
+
+
+def test_pairs_table_missing(make_scenes, tiny_clip):
+    dataset, _ = make_scenes()
+    with pytest.raises(DataError, match="fast-goal flism"):
+        PairDataset(dataset, "train", None, tiny_clip())
+
+
+def test_the_best_of_several_pairs_is_used(make_scenes, tiny_clip):
+    dataset, pairs = make_scenes()
+    worse = pairs.assign(rank=2, x1=0.0, y1=0.0, x2=4.0, y2=4.0)
+    samples = PairDataset(dataset, "train", pd.concat([worse, pairs]), tiny_clip())
+    assert same(samples[[0, 4]], PairDataset(dataset, "train", pairs, tiny_clip())[[0, 4]])
+
+
+def test_counts_of_what_is_not_visible(make_scenes, tiny_clip, caplog):
+    dataset, pairs = make_scenes()
+    dataset.records.loc[dataset.records["image_id"] == "image1", "long_caption"] = ""
+    pairs.loc[4, ["x1", "x2"]] = [0.0, 2.0]  # left of the centre crop
+    samples = PairDataset(dataset, "train", pairs, tiny_clip(context_length=12))
+    assert samples.counts == {
+        "samples": 11,
+        "without_long_caption": 1,
+        "truncated_captions": 11,
+        "pairs": 11,
+        "without_pair": 0,
+        "without_visible_box": 1,
+        "without_visible_span": samples.counts["without_visible_span"],
+        "truncated_sentences": 0,
+    }
+    batch = samples[[3]]  # image4: image1 is left out
+    assert batch.boxes.tolist() == [[0, 0, 0, 0]]
+    assert "1 of 11 samples have no long caption" in caplog.text
+    hidden = PairDataset(dataset, "train", pairs, tiny_clip(context_length=8))
+    assert hidden.counts["without_visible_span"] == 11 and hidden[[0]].spans.tolist() == [[0, 0]]
+
+
+def test_stale_pairs_are_refused(make_scenes, tiny_clip):
+    dataset, pairs = make_scenes()
+    pairs.loc[6, "char_start"] += 1
+    with pytest.raises(DataError, match=r"image6.*Run `fast-goal flism` again"):
+        PairDataset(dataset, "train", pairs, tiny_clip())
+
+
+def test_split_without_long_captions(make_scenes, tiny_clip):
+    dataset, pairs = make_scenes()
+    with pytest.raises(DataError, match="'val'"):
+        PairDataset(dataset, "val", pairs, tiny_clip())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_image_is_named_without_a_traceback(make_scenes, tiny_clip, workers):
+    dataset, pairs = make_scenes()
+    dataset.path("images/7.png").write_bytes(b"")
+    loader = Loader(PairDataset(dataset, "train", pairs, tiny_clip()), 12, seed=0, workers=workers)
+    with pytest.raises(DataError, match=r"7\.png") as caught:
+        list(loader.epoch(0))
+    assert "Traceback" not in str(caught.value)
+
+
+def test_image_of_another_size_than_recorded(make_scenes, tiny_clip):
+    dataset, pairs = make_scenes()
+    Image.fromarray(np.zeros((9, 11, 3), np.uint8)).save(dataset.path("images/2.png"))
+    loader = Loader(PairDataset(dataset, "train", pairs, tiny_clip()), 12, seed=0)
+    with pytest.raises(DataError, match=r"2\.png is 11 x 9 pixels, but the records say 62 x 40"):
+        next(loader.epoch(0))
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    def order(seed, epoch, start=0):
+        sampler = EpochBatches(10, 3, seed)
+        sampler.start(epoch, start)
+        found = list(sampler)
+        assert len(found) == len(sampler)
+        return found
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1) != order(1, 1) != order(1, 0)
+    assert order(0, 3, start=2) == order(0, 3)[2:]
+    assert order(0, 3, start=3) == []
+    visited = [index for batch in order(0, 0) for index in batch]
+    assert len(visited) == len(set(visited)) == 9  # the incomplete batch is dropped
+
+
+def test_fewer_samples_than_a_batch_make_one_smaller_batch(caplog):
+    sampler = EpochBatches(5, 64, 0)
+    assert sampler.steps == 1 and sorted(next(iter(sampler))) == [0, 1, 2, 3, 4]
+    assert "Only 5 samples for a batch of 64" in caplog.text
+
+
+def test_workers_make_the_same_batches(make_scenes, tiny_clip):
+    dataset, pairs = make_scenes()
+    samples = PairDataset(dataset, "train", pairs[:-1], tiny_clip())
+    state = torch.get_rng_state()
+    alone, together = Loader(samples, 4, seed=3), Loader(samples, 4, seed=3, workers=2)
+    for epoch, start in [(0, 1), (1, 0)]:
+        first, second = list(alone.epoch(epoch, start)), list(together.epoch(epoch, start))
+        assert len(first) == len(second) == 3 - start
+        assert all(same(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_view_mode_reaches_images_and_boxes(make_scenes, tiny_clip):
+    dataset, pairs = make_scenes()
+    squashed = PairDataset(dataset, "train", pairs, tiny_clip(), mode="squash")[[0]]
+    with Image.open(dataset.path("images/0.png")) as image:
+        view = View(60, 40, 32, mode="squash")
+        assert torch.equal(squashed.images[0], view.apply(image))
+    assert squashed.boxes[0].tolist() == pytest.approx(view.box((8, 5, 30, 25.5)), abs=1e-5)
+
+
+def test_batch_moves_whole(make_scenes, tiny_clip):
+    dataset, pairs = make_scenes()
+    batch = PairDataset(dataset, "train", pairs, tiny_clip())[[0, 1]]
+    moved = batch.to(torch.device("meta"))
+    assert {field.name for field in dataclasses.fields(moved) if getattr(moved, field.name).device.type != "meta"} == set()

@@ -1,0 +1,341 @@
+"""The training step against a slow formulation of the method, and trainings that are cut off and continued."""
+
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from fast_goal.config import FinetuneConfig
+from fast_goal.data.captions import tokenize
+from fast_goal.data.images import View
+from fast_goal.errors import ConfigError, FastGoalError
+from fast_goal.objectives import make_objective
+from fast_goal.training import loop as loop_module
+from fast_goal.training.batches import PairDataset
+from fast_goal.training.loop import autocast_dtype, batch_features, finetune, train_step
+from fast_goal.training.schedule import make_optimizer
+
+WEIGHTS = {"global": 1.0, "local": 0.5, "tsl_image": 1.0, "tsl_text": 1.0}
+GLOBAL = {"global": 1.0, "local": 0.0, "tsl_image": 0.0, "tsl_text": 0.0}
+CPU = torch.device("cpu")
+CONFIG = FinetuneConfig(
+    view="crop",
+    precision="auto",
+    gradient_clip=None,
+    epochs=2,
+    batch_size=4,
+    learning_rate=1e-3,
+    weight_decay=0.05,
+    warmup_steps=0,
+    workers=0,
+    log_every=2,
+    save_every=2,
+)
+
+
+def fast_goal(weights=WEIGHTS):
+    return make_objective({"name": "fast_goal", "weights": weights, "target_matrix": "diagonal"})
+
+
+def unit(vector):
+    return vector / vector.square().sum().sqrt()
+
+
+def tower_tokens(tower, run):
+    """What leaves the last block of a tower while `run` runs."""
+    caught = []
+    hook = tower.resblocks[-1].register_forward_hook(lambda module, inputs, output: caught.append(output))
+    run()
+    hook.remove()
+    return caught[0]
+
+
+def reference(clip, dataset, pairs, indices):
+    """The terms of METHOD section 3, one sample at a time, every input encoded again for each use, nothing trimmed."""
+    model, size, patch = clip.model, clip.image_size, clip.patch_size
+    records, grid = dataset.split("train"), clip.image_size // clip.patch_size
+    images, texts, crops, sentences, regions, spans = [], [], [], [], [], []
+
+    def encode_image(pixels):
+        return unit(model.encode_image(pixels[None])[0])
+
+    def encode_text(text):
+        return unit(model.encode_text(tokenize([text], clip.context_length)[0])[0])
+
+    for index in indices:
+        record = records.iloc[index]
+        with Image.open(dataset.path(record.image_path)) as image:
+            view = View(image.width, image.height, size)
+            pixels = view.apply(image)
+            images.append(encode_image(pixels))
+            texts.append(encode_text(record.long_caption))
+            for pair in pairs[pairs.image_id == record.image_id].itertuples():
+                part = image.crop((int(pair.x1), int(pair.y1), int(-(-pair.x2 // 1)), int(-(-pair.y2 // 1))))
+                crops.append(encode_image(View(part.width, part.height, size).apply(part)))
+                sentences.append(encode_text(pair.sentence))
+                tokens = tower_tokens(model.visual.transformer, lambda pixels=pixels: model.encode_image(pixels[None]))
+                x1, y1, x2, y2 = view.box((pair.x1, pair.y1, pair.x2, pair.y2))
+                covered = []
+                for number in range(grid * grid):
+                    left, top = number % grid * patch, number // grid * patch
+                    if min(x2, left + patch) > max(x1, left) and min(y2, top + patch) > max(y1, top):
+                        covered.append(tokens[0, 1 + number])
+                mean = sum(covered) / len(covered) if covered else None
+                regions.append(None if mean is None else unit(model.visual.ln_post(mean) @ model.visual.proj))
+                row = tokenize([record.long_caption], clip.context_length)[0]
+                tokens = tower_tokens(model.transformer, lambda row=row: model.encode_text(row))
+                before = tokenize([record.long_caption[: pair.char_start]], 1000)[1].item() - 2
+                count = tokenize([pair.sentence], 1000)[1].item() - 2
+                seen = [tokens[0, at] for at in range(1 + before, 1 + before + count) if at < clip.context_length - 1]
+                spans.append(unit(model.ln_final(sum(seen) / len(seen)) @ model.text_projection) if seen else None)
+
+    def contrast(left, right):
+        losses = []
+        for own, (queries, candidates) in ((i, s) for i in range(len(left)) for s in ((left, right), (right, left))):
+            logits = torch.stack([model.logit_scale.exp() * queries[own] @ candidate for candidate in candidates])
+            losses.append(torch.logsumexp(logits, 0) - logits[own])
+        return sum(losses) / len(losses)
+
+    def tsl(pooled, targets):
+        visible = [(1 - a @ b) ** 2 for a, b in zip(pooled, targets, strict=True) if a is not None]
+        return sum(visible) / len(visible)
+
+    terms = {"global": contrast(images, texts)}
+    if crops:
+        terms["local"] = contrast(crops, sentences)
+        terms["tsl_image"], terms["tsl_text"] = tsl(regions, crops), tsl(spans, sentences)
+    return terms | {"loss": sum(WEIGHTS[name] * value for name, value in terms.items())}
+
+
+@pytest.mark.parametrize("case", ["all pairs", "some without a pair", "hidden box and sentence", "no pair at all"])
+def test_step_equals_the_slow_formulation(make_scenes, tiny_clip, case):
+    dataset, pairs = make_scenes()
+    indices, length = [7, 1, 4, 2], 40
+    if case == "some without a pair":
+        pairs = pairs[pairs.image_id.isin(["image1", "image2"])]
+    if case == "no pair at all":
+        pairs = pairs[pairs.image_id == "image11"]
+    if case == "hidden box and sentence":
+        pairs.loc[4, ["x1", "x2"]] = [0.0, 2.0]
+        first = "A noisy picture, this time with so many words that the next sentence lies beyond the context of the text."
+        caption = f"{first} {pairs.loc[2, 'sentence']}"
+        dataset.records.loc[dataset.records.image_id == "image2", "long_caption"] = caption
+        pairs.loc[2, ["char_start", "char_end"]] = [len(first) + 1, len(caption)]
+        length = 20
+    clip, slow = tiny_clip(length), tiny_clip(length)
+    expected = reference(slow, dataset, pairs, indices)
+    expected["loss"].backward()
+
+    batch = PairDataset(dataset, "train", pairs, clip)[indices]
+    if case == "hidden box and sentence":
+        assert batch.boxes[2].tolist() == [0] * 4 and batch.spans[3].tolist() == [0, 0]
+    terms = fast_goal()(batch_features(clip, batch))
+    terms["loss"].backward()
+    for name, value in expected.items():
+        assert terms[name].item() == pytest.approx(value.item(), abs=1e-5), name
+    for (name, parameter), other in zip(clip.named_parameters(), slow.parameters(), strict=True):
+        torch.testing.assert_close(
+            parameter.grad, other.grad, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_every_input_is_encoded_once(make_scenes, tiny_clip, monkeypatch):
+    dataset, pairs = make_scenes()
+    clip = tiny_clip()
+    batch = PairDataset(dataset, "train", pairs[:3], clip)[[0, 1, 2, 3]]
+    rows = {"image": 0, "text": 0}
+    clip.model.visual.conv1.register_forward_hook(lambda m, i, o: rows.update(image=rows["image"] + len(o)))
+    clip.model.token_embedding.register_forward_hook(lambda m, i, o: rows.update(text=rows["text"] + len(o)))
+    batch_features(clip, batch)
+    assert rows == {"image": 4 + 3, "text": 4 + 3}
+
+
+def test_gradient_clip_bounds_the_update(make_scenes, tiny_clip):
+    dataset, pairs = make_scenes()
+    clip = tiny_clip()
+    batch = PairDataset(dataset, "train", pairs, clip)[[0, 1, 2]]
+    train_step(clip, batch, fast_goal(), make_optimizer(clip.parameters(), 0.0, 0.0), gradient_clip=1e-3)
+    norm = sum(parameter.grad.square().sum() for parameter in clip.parameters()).sqrt()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def run(clip, dataset, pairs, path, config=CONFIG, objective=None, **more):
+    arguments = {"seed": 5, "device": CPU, "state_path": path / "state.pt", "state_key": "key"} | more
+    return finetune(clip, dataset, pairs, objective or fast_goal(), config, **arguments)
+
+
+def without_rates(history):
+    return [{name: value for name, value in record.items() if name != "samples_per_second"} for record in history]
+
+
+def test_training_reports_and_learns(make_scenes, tiny_clip, tmp_path):
+    dataset, pairs = make_scenes()
+    clip, steps, epochs = tiny_clip(), [], []
+
+    def on_epoch(model, epoch):
+        assert not model.training
+        epochs.append(epoch)
+        return {"val_R@1": 10.0 * epoch}
+
+    config = replace(CONFIG, epochs=8, log_every=4)
+    summary = run(clip, dataset, pairs[:-1], tmp_path, config, on_step=lambda s, r: steps.append((s, r)), on_epoch=on_epoch)
+    curve = [(step, record) for step, record in steps if "loss" in record]
+    assert [step for step, _ in curve] == sorted({*range(4, 25, 4), *range(3, 25, 3)})
+    assert set(curve[0][1]) == {"step", "epoch", "loss", *WEIGHTS, "learning_rate", "samples_per_second", "logit_scale"}
+    assert curve[-1][1]["loss"] < curve[0][1]["loss"]
+    assert curve[0][1]["learning_rate"] == pytest.approx(1e-3 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * 2 / 24)).item()))
+    assert epochs == list(range(1, 9))
+    assert [record for _, record in steps if "loss" not in record] == [
+        {"step": 3 * epoch, "epoch": epoch, "val_R@1": 10.0 * epoch} for epoch in epochs
+    ]
+    assert summary["steps"] == 24 and summary["precision"] == "fp32" and summary["counts"]["without_pair"] == 1
+    assert summary["final"]["loss"] == curve[-1][1]["loss"] and summary["samples_per_second"] > 0
+    assert not clip.training
+
+
+@pytest.mark.parametrize("killed_after", [2, 3, 4, 6])
+def test_resume_is_bit_identical(make_scenes, tiny_clip, tmp_path, killed_after):
+    dataset, pairs = make_scenes()
+    whole, whole_history = tiny_clip(), []
+    (tmp_path / "whole").mkdir()
+    measure = lambda clip, epoch: {"val": float(epoch)}  # noqa: E731
+    run(whole, dataset, pairs, tmp_path / "whole", on_step=lambda s, r: whole_history.append(r), on_epoch=measure)
+
+    class Killed(Exception):
+        pass
+
+    def kill(*arguments):
+        # after a state was written, as a kill -9 there would
+        save(*arguments)
+        if arguments[-1]["step"] == killed_after:
+            raise Killed
+
+    save = loop_module.save_state
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(loop_module, "save_state", kill)
+        run(tiny_clip(), dataset, pairs, tmp_path, on_epoch=measure)
+    continued, history = tiny_clip(seed=9), []
+    torch.manual_seed(99)
+    summary = run(continued, dataset, pairs, tmp_path, on_step=lambda s, r: history.append(r), on_epoch=measure)
+    assert summary["resumed_at_step"] == killed_after
+    for name, value in whole.state_dict().items():
+        assert torch.equal(continued.state_dict()[name], value), name
+    assert without_rates(history) == without_rates(whole_history)
+
+
+SCRIPT = textwrap.dedent(
+    """
+    import pickle, sys, time
+    from pathlib import Path
+    import torch
+    from fast_goal.environment import prepare
+    from fast_goal.training.loop import finetune
+
+    prepare()
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    dataset, pairs, clip, objective, config = pickle.loads((folder / "job.pickle").read_bytes())
+
+
+    def on_step(step, record):
+        print(step, flush=True)
+        time.sleep(0.2 if "slow" in sys.argv else 0)
+
+
+    if __name__ == "__main__":
+        finetune(clip, dataset, pairs, objective, config, seed=5, device=torch.device("cpu"),
+                 state_path=folder / "state.pt", state_key="key", on_step=on_step)
+        torch.save(clip.state_dict(), folder / "done.pt")
+    """
+)
+
+
+def test_killed_process_continues(make_scenes, tiny_clip, tmp_path):
+    dataset, pairs = make_scenes()
+    config = replace(CONFIG, epochs=4, log_every=1, save_every=1)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "job.pickle").write_bytes(pickle.dumps((dataset, pairs, tiny_clip(), fast_goal(), config)))
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
+    process = subprocess.Popen([*command, "slow"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    while int(process.stdout.readline()) < 4:
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "done.pt").exists()
+
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    steps = [int(line) for line in again.stdout.split()]
+    assert steps == list(range(1, 13))  # the former records first, each once
+    whole = tiny_clip()
+    (tmp_path / "whole").mkdir()
+    run(whole, dataset, pairs, tmp_path / "whole", config)
+    for name, value in torch.load(tmp_path / "done.pt", weights_only=True).items():
+        assert torch.equal(value, whole.state_dict()[name]), name
+
+
+def test_batch_without_any_pair_trains_on(make_scenes, tiny_clip, tmp_path):
+    dataset, pairs = make_scenes()
+    local_only = fast_goal({"global": 0.0, "local": 1.0, "tsl_image": 1.0, "tsl_text": 1.0})
+    for objective in (fast_goal(), local_only):
+        clip = tiny_clip()
+        summary = run(clip, dataset, pairs[:1], tmp_path, replace(CONFIG, epochs=1), objective, state_key=str(id(objective)))
+        assert summary["steps"] == 3
+        assert all(parameter.isfinite().all() for parameter in clip.parameters())
+
+
+def test_global_objective_needs_no_pairs_table(make_scenes, tiny_clip, tmp_path):
+    dataset, _ = make_scenes()
+    summary = run(tiny_clip(), dataset, None, tmp_path, objective=fast_goal(GLOBAL))
+    assert set(summary["final"]) == {"global", "loss", "learning_rate", "logit_scale"}
+
+
+def test_loss_that_is_not_finite_stops_with_advice(make_scenes, tiny_clip, tmp_path):
+    dataset, pairs = make_scenes()
+    clip = tiny_clip()
+    with torch.no_grad():
+        clip.model.visual.proj[0, 0] = float("nan")
+    with pytest.raises(FastGoalError, match=r"not finite at step 1: .*global = nan.*finetune\.learning_rate"):
+        run(clip, dataset, pairs, tmp_path)
+
+
+def test_fewer_samples_than_a_batch(make_scenes, tiny_clip, tmp_path):
+    dataset, pairs = make_scenes(count=3)
+    summary = run(tiny_clip(), dataset, pairs, tmp_path, replace(CONFIG, batch_size=64))
+    assert summary["steps"] == 2 and summary["batch_size"] == 3
+
+
+def test_precision_on_a_cpu(make_scenes, tiny_clip):
+    assert autocast_dtype("auto", CPU) is None and autocast_dtype("fp32", CPU) is None
+    assert autocast_dtype("bf16", CPU) is torch.bfloat16
+    dataset, pairs = make_scenes()
+    clip = tiny_clip()
+    batch = PairDataset(dataset, "train", pairs, clip)[[0, 1, 2]]
+    exact, rounded = batch_features(clip, batch), batch_features(clip, batch, torch.bfloat16)
+    for name, value in vars(rounded).items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, getattr(exact, name), atol=0.05, rtol=0)
+    assert not torch.equal(rounded.image_global, exact.image_global)
+
+
+def test_gpu_without_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    gpu = torch.device("cuda")
+    assert autocast_dtype("auto", gpu) is None
+    with pytest.raises(ConfigError, match=r"finetune\.precision.*Old GPU"):
+        autocast_dtype("bf16", gpu)
+
+
+@pytest.mark.gpu
+def test_gpu_trains_in_bfloat16_and_resumes(make_scenes, tiny_clip, tmp_path):
+    dataset, pairs = make_scenes()
+    gpu = torch.device("cuda")
+    summary = run(tiny_clip(), dataset, pairs, tmp_path, device=gpu)
+    assert summary["precision"] == "bf16" and summary["steps"] == 6
+    assert run(tiny_clip(), dataset, pairs, tmp_path, device=gpu)["resumed_at_step"] == 6
