@@ -33,10 +33,10 @@ prepare()  # Prefect reads its telemetry switch when it is imported
 # the first start in a fresh home takes about 20 s, Prefect's own limit
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 
-from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
-from prefect.runtime import flow_run
+from prefect import flow, get_run_logger, task  # noqa: E402
+from prefect.artifacts import create_markdown_artifact  # noqa: E402
+from prefect.cache_policies import NO_CACHE  # noqa: E402
+from prefect.runtime import flow_run  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 LAST_LINES = 15  # of a failed step, in its error

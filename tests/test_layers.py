@@ -20,7 +20,8 @@ ORDER = [
     {"training", "flism", "evaluation"},
     {"tracking"},
     {"stages"},
-    {"configure", "doctor"},
+    {"configure"},
+    {"doctor"},
     {"cli"},
     {"__main__"},
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,16 @@ def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+    from omegaconf.errors import OmegaConfBaseException
 
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = hydra_compose("config", overrides=list(overrides))
-            return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        command = " ".join(["fast-goal configure", *overrides, f"{error.full_key}=VALUE"])
-        raise ConfigError(f"{error.full_key} has no default and must be given: {command}") from None
+        missing = list(_missing(OmegaConf.to_container(composed, resolve=False)))
+        if missing:
+            command = " ".join(["fast-goal configure", *overrides, *(f"{key}=VALUE" for key in missing)])
+            raise ConfigError(f"{', '.join(missing)} has no default and must be given: {command}")
+        return OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"fast-goal configure {' '.join(overrides)}: {error}") from None
 
@@ -62,3 +63,12 @@ def groups() -> dict[str, list[str]]:
     """The options of every configuration group, by group."""
     folders = sorted(path for path in CONF.iterdir() if path.is_dir() and not path.name.startswith("_"))
     return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+
+
+def _missing(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The full names of the keys that are still `???`. OmegaConf's own list fails where another key refers to one."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _missing(value, f"{prefix}{key}.")
+        elif value == "???":
+            yield f"{prefix}{key}"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from fast_goal import environment
-from fast_goal.config import PARAMS_FILE, load_params, to_dict
+from fast_goal.config import PARAMS_FILE, load_params
 from fast_goal.errors import FastGoalError
 
 MAIN_PACKAGES = (
@@ -241,10 +241,14 @@ def _dvc() -> list[Check]:
 
 
 def _params() -> list[Check]:
-    from fast_goal.configure import check
+    from fast_goal.data.sources import source_config
+    from fast_goal.objectives import objective_config
 
     try:
-        params = check(to_dict(load_params()))
+        params = load_params()
+        for name, values in params.download.datasets.items():
+            source_config(values, f"download.datasets.{name}")
+        objective_config(params.objective, "objective")
     except FastGoalError as error:
         fix = "correct the key, or write the file anew with `fast-goal configure`"
         return [Check(str(PARAMS_FILE), "fail", str(error), fix)]

@@ -1,5 +1,6 @@
 """Every expectation holds on a good data set, and exactly the right one fails on each corrupted one."""
 
+import re
 from dataclasses import replace
 
 import pandas as pd
@@ -166,6 +167,7 @@ CORRUPTIONS = {
     "region without area": (regions(3, x2=1.0), {"regions.areas_positive"}, ["row 3", "box (1, 2, 1, 8)"]),
     "unknown kind": (regions(3, kind="circle"), {"regions.kinds_known"}, ["row 3", "kind 'circle'", "region_index 3"]),
     "score above 1": (regions(3, score=1.25), {"regions.scores_in_range"}, ["row 3", "score 1.25"]),
+    "score missing": (regions(3, score=float("nan")), {"regions.values_complete"}, ["row 3", "no value in score"]),
     "pair of no image": (stray_pair, {"regions.images_known", "pairs.images_known"}, ["row 10", "'zz'"]),
     "sentence not its span": (pairs(2, char_end=9), {"pairs.sentences_are_spans"}, ["row 2", "'a1'", "characters 0 to 9"]),
     "similarity above 1": (pairs(2, similarity=1.5), {"pairs.similarities_in_range"}, ["row 2", "similarity 1.5"]),
@@ -227,9 +229,23 @@ def test_good_tables_pass_and_the_data_docs_show_each_suite(subject, tmp_path):
         assert name in index
         assert (docs / "expectations" / f"{name}.html").is_file()
         assert list((docs / "validations" / name).rglob("*.html"))
-    page = next((docs / "validations" / "tiny_records").rglob("*.html")).read_text()
-    assert "Every image file exists" in page
+    page = next((docs / "validations" / "tiny_records").rglob("*.html"))
+    assert "Every image file exists" in page.read_text()
+    assert page.relative_to(docs).as_posix() in index
+    assert index.count("all hold") == 3
     assert not (docs / "stale.html").exists()
+
+
+def test_the_data_docs_load_nothing_from_elsewhere(subject, tmp_path):
+    docs = tmp_path / "docs"
+    check(suites(pairs(2, char_end=9)(subject)), docs)
+    pages = [*docs.rglob("*.html"), *docs.rglob("*.css")]
+    assert len(pages) >= 7
+    for page in pages:
+        text = page.read_text()
+        assert not re.search(r"""(src\s*=|url\(|@import|<link[^>]*href=)\s*["']?(https?:)?//""", text), page
+        assert "<script" not in text
+    assert "1 of 8 fail" in (docs / "index.html").read_text()
 
 
 def test_data_docs_name_the_failing_row(subject, tmp_path):

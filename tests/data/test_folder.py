@@ -23,6 +23,7 @@ VALUES = {
     "images": "images",
     "captions": "captions.csv",
     "columns": {"image": "image", "caption": "caption", "long_caption": None, "id": None, "split": None},
+    "seed": 0,
     "fractions": {"train": 0.8, "val": 0.05, "test": 0.15},
 }
 
@@ -49,10 +50,10 @@ class Photos:
     def text(self, text: str | bytes, name: str = "captions.csv") -> None:
         (self.root / name).write_bytes(text if isinstance(text, bytes) else text.encode())
 
-    def load(self, seed: int = 0, columns: dict | None = None, **values: object):
+    def load(self, columns: dict | None = None, **values: object):
         section = {**VALUES, "root": str(self.root), **values, "columns": {**VALUES["columns"], **(columns or {})}}
         function, config = source_config(section, "download.datasets.mine")
-        loaded = function(config, "mine", self.out, seed)
+        loaded = function(config, "mine", self.out)
         write_table(self.out.parent / "records.parquet", loaded.rows, RECORDS)  # rows and skipped must fit their tables
         write_table(self.out.parent / "skipped.parquet", loaded.skipped, SKIPPED)
         return loaded

@@ -15,7 +15,7 @@ from fast_goal.data.records import load_dataset, write_dataset
 from fast_goal.data.sources import source_config
 from fast_goal.data.sources.scenes import source as scenes_source
 from fast_goal.data.sources.scenes.drawing import draw
-from fast_goal.data.sources.scenes.language import cell, relation
+from fast_goal.data.sources.scenes.language import Plan, cell, holds, relation
 from fast_goal.data.sources.scenes.layout import MIN_VISIBLE
 from fast_goal.data.sources.scenes.samples import make_samples
 from fast_goal.data.sources.scenes.sheet import write_sheet
@@ -266,6 +266,14 @@ def test_position_and_relation_are_not_told_where_they_are_doubtful():
     assert relation(at(0.5, 0.5), at(0.55, 0.5)) is None  # close
 
 
+def test_a_plan_holds_only_where_its_place_is_true():
+    boxes = np.array([[0.1, 0.1, 0.3, 0.3], [0.5, 0.1, 0.7, 0.3]])
+    plans = {place: Plan(0, "{Thing} is {place}.", True, False, place) for place in [(0, 0), ("to the left of", 1), None]}
+    assert all(holds(plan, boxes) for plan in plans.values())
+    moved = boxes + np.array([[0.35, 0.3, 0.35, 0.3], [0, 0, 0, 0]])
+    assert [holds(plan, moved) for plan in plans.values()] == [False, False, True]
+
+
 def test_same_seed_same_bytes_on_any_number_of_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(scenes_source, "WORTH_PROCESSES", 1)
     config = ScenesConfig(seed=1, image_size=48, pretrain=60, train=20, val=10, test=20)
@@ -287,10 +295,10 @@ def test_load_makes_a_data_set_and_removes_files_of_an_earlier_one(tmp_path):
     values = {"source": "scenes", "seed": 2, "image_size": 40, "pretrain": 3, "train": 4, "val": 2, "test": 3}
     loader, config = source_config(values, "download.datasets.scenes")
     assert loader is load
-    loader(config, "scenes", tmp_path / "scenes", 0)
+    loader(config, "scenes", tmp_path / "scenes")
     (tmp_path / "scenes" / "train" / ".train-000000.png.123.tmp").write_bytes(b"half")
     smaller = ScenesConfig(seed=2, image_size=40, pretrain=3, train=2, val=2, test=3)
-    loaded = load(smaller, "scenes", tmp_path / "scenes", 0)
+    loaded = load(smaller, "scenes", tmp_path / "scenes")
     files = {path.relative_to(loaded.root).as_posix() for path in loaded.root.rglob("*.*")}
     assert files == {row["image_path"] for row in loaded.rows} and len(files) == 3 + 2 + 4 + 6
     write_dataset(

@@ -293,6 +293,10 @@ def test_a_missing_tflite_runtime_names_the_extra(tmp_path, monkeypatch):
         obtain(tmp_path, tmp_path / "model.tflite")
 
 
+def test_pillow_stays_as_it_was(trained):
+    assert Image.open.__module__ == "PIL.Image"
+
+
 def test_ultralytics_stays_quiet_and_alone(trained):
     from ultralytics import settings
     from ultralytics.utils import AUTOINSTALL, ONLINE

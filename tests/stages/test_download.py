@@ -46,6 +46,7 @@ def section(root: str, **values: object) -> dict:
         "images": "images",
         "captions": "captions.csv",
         "columns": {"image": "image", "caption": "caption", "long_caption": None, "id": None, "split": None},
+        "seed": 0,
         "fractions": {"train": 0.6, "val": 0.2, "test": 0.2},
         **values,
     }

@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from fast_goal.config import ValidateConfig
+from fast_goal.data.data_docs import Result, make_local
 from fast_goal.data.quality import KINDS
 from fast_goal.data.records import SPLITS
 
@@ -257,7 +258,7 @@ def pairs_rules() -> list[Rule]:
 
 
 def check(suites: Sequence[Suite], docs: Path, run_name: str = "validate") -> list[Outcome]:
-    """Runs the suites and writes the Data Docs, a static site, to the folder `docs` (replaced).
+    """Runs the suites and writes the Data Docs, a static site without any remote part, to the folder `docs` (replaced).
 
     Returns the outcomes in the order of the suites and their rules.
     """
@@ -304,7 +305,13 @@ def check(suites: Sequence[Suite], docs: Path, run_name: str = "validate") -> li
         results = {result.expectation_config.meta["name"]: result for result in validation.results}
         outcomes += [_outcome(suite, rule, results[rule.name]) for rule in suite.rules]
     context.build_data_docs()
+    make_local(docs, [_result(suite, outcomes) for suite in suites])
     return outcomes
+
+
+def _result(suite: Suite, outcomes: Sequence[Outcome]) -> Result:
+    failed = sum(outcome.suite == suite.name and not outcome.passed for outcome in outcomes)
+    return Result(suite.name, len(suite.table), len(suite.rules), failed)
 
 
 def _clean(name: str, title: str, fix: str, column: str, shows: tuple[str, ...] = (), critical: bool = True) -> Rule:

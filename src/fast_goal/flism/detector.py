@@ -190,6 +190,7 @@ def train_detector(dataset: Dataset, config: DetectorConfig, folder: Path | str,
                 "epochs": config.epochs,
                 "imgsz": config.image_size,
                 "batch": min(config.batch_size, counts["train"]),
+                "nbs": config.batch_size,  # an optimizer step for every batch: its default, 64 images, leaves a short run too few
                 "seed": seed,
                 "deterministic": True,
                 "device": _device_name(default_device()),
@@ -225,6 +226,7 @@ def train_detector(dataset: Dataset, config: DetectorConfig, folder: Path | str,
 def prepare_ultralytics() -> None:
     """Imports ultralytics so that it neither calls home, installs packages, nor logs to other trackers."""
     prepare()
+    pillow_open = Image.open
     # offline, it does not ask the name servers at import whether it is online; downloads that are asked for still work
     for name, value in {"YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false"}.items():
         os.environ.setdefault(name, value)
@@ -233,6 +235,8 @@ def prepare_ultralytics() -> None:
     from ultralytics import settings
     from ultralytics.utils import LOGGER
 
+    # it replaces Pillow's `open` by one that, for a file that is no image, tries to install a package
+    Image.open = pillow_open
     LOGGER.setLevel(logging.ERROR)
     wanted = {
         name: False for name in ("sync", "mlflow", "dvc", "clearml", "comet", "raytune", "tensorboard", "wandb", "vscode_msg")

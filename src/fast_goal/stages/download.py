@@ -44,7 +44,7 @@ def main(params: Params, track: Tracker) -> None:
 
     metrics: dict[str, Any] = {}
     for name, (load, config) in sources.items():
-        loaded = load(config, name, DATASETS_FOLDER / name, params.seed)
+        loaded = load(config, name, DATASETS_FOLDER / name)
         write_dataset(
             name,
             loaded.root,

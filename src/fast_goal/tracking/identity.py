@@ -6,6 +6,7 @@ which says so in FAST_GOAL_PIPELINE_ID, or the dvc process above them.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import socket
@@ -43,7 +44,7 @@ def is_dvc(name: str, command: list[str]) -> bool:
     if Path(name).stem == "dvc":
         return True
     programs = [Path(part).stem for part in command[:2]]
-    return "dvc" in programs or any(pair == ("-m", "dvc") for pair in zip(command[:8], command[1:9], strict=False))
+    return "dvc" in programs or any(pair == ("-m", "dvc") for pair in itertools.pairwise(command))
 
 
 def host() -> str:

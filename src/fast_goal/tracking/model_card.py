@@ -154,7 +154,8 @@ def model_card(
 def _dataset_line(info: Mapping[str, Any], params: Params) -> str:
     counts = ", ".join(f"{split} {count:,}" for split, count in info["splits"].items() if count)
     role = "training" if info["name"] == params.download.train_dataset else "evaluation only"
-    return f"* `{info['name']}` ({role}; source `{info['source']}`): {info['images']:,} images ({counts}), digest `{info['digest']}`."
+    what = f"* `{info['name']}` ({role}; source `{info['source']}`)"
+    return f"{what}: {info['images']:,} images ({counts}), digest `{info['digest']}`."
 
 
 def _leaves(values: Mapping[str, Any], keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[str, float]]]:

@@ -43,10 +43,7 @@ def connect() -> tuple[MlflowClient, str]:
         _reach(uri)
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            experiment_id = _create_experiment(client, name)
-        else:
-            experiment_id = experiment.experiment_id
+        experiment_id = _create_experiment(client, name) if experiment is None else experiment.experiment_id
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FastGoalError(

@@ -71,9 +71,9 @@ class PairDataset(TorchDataset):
             raise DataError(
                 f"The objective needs local pairs, but data set {dataset.name!r} has no pairs table: run `fast-goal flism`."
             )
-        self._dataset = dataset
+        # Only what a batch needs: the workers get a copy. Absolute, because they may start in another folder.
+        self._paths = [dataset.path(path).absolute() for path in described["image_path"]]
         self._view = clip.view(1, 1, mode)
-        self._paths = described["image_path"].tolist()
         self._sizes = list(zip(described["width"].tolist(), described["height"].tolist(), strict=True))
         long_tokens, lengths = tokenize(described["long_caption"].tolist(), clip.context_length)
         self._long_tokens = trim(long_tokens).int()
@@ -87,12 +87,12 @@ class PairDataset(TorchDataset):
         self._boxes, self._spans = torch.zeros(0, 4), torch.zeros(0, 2, dtype=torch.int64)
         self._sentence_tokens = torch.zeros(0, 1, dtype=torch.int32)
         if local:
-            self._add_pairs(described, pairs, clip.context_length)
+            self._add_pairs(described, pairs, dataset.name, clip.context_length)
         for name, count in self.counts.items():
             if count and name in _REASONS:
                 _log.warning("%s, split %s: %d of %d samples %s.", dataset.name, split, count, len(described), _REASONS[name])
 
-    def _add_pairs(self, described: pd.DataFrame, pairs: pd.DataFrame, context_length: int) -> None:
+    def _add_pairs(self, described: pd.DataFrame, pairs: pd.DataFrame, name: str, context_length: int) -> None:
         best = pairs.sort_values("rank", kind="stable").drop_duplicates("image_id").set_index("image_id")
         known = [row for row, image_id in enumerate(described["image_id"]) if image_id in best.index]
         best = best.loc[described["image_id"].iloc[known]]
@@ -103,7 +103,7 @@ class PairDataset(TorchDataset):
         for row, box, caption, pair in zip(known, self._crops, captions, best.itertuples(), strict=True):
             if caption[pair.char_start : pair.char_end] != pair.sentence:
                 raise DataError(
-                    f"pairs of {self._dataset.name!r}: image {pair.Index!r} has the sentence {pair.sentence!r}, but its long "
+                    f"pairs of {name!r}: image {pair.Index!r} has the sentence {pair.sentence!r}, but its long "
                     f"caption reads {caption[pair.char_start : pair.char_end]!r} there. Run `fast-goal flism` again."
                 )
             width, height = self._sizes[row]
@@ -131,14 +131,14 @@ class PairDataset(TorchDataset):
         pairs = self._local_row[chosen[local_rows]]
         images, crops = [], []
         for index in indices:
-            path = self._dataset.path(self._paths[index])
-            image = open_image(path)
-            if image.size != self._sizes[index]:
+            image = open_image(self._paths[index])
+            width, height = self._sizes[index]
+            if image.size != (width, height):
                 raise DataError(
-                    f"{path} is {image.width} x {image.height} pixels, but the records say {self._sizes[index][0]} x "
-                    f"{self._sizes[index][1]}: the file was changed. Run `fast-goal download` again."
+                    f"{self._paths[index]} is {image.width} x {image.height} pixels, but the records say {width} x {height}: "
+                    f"the file was changed. Run `fast-goal download` again."
                 )
-            images.append(dataclasses.replace(self._view, width=image.width, height=image.height).apply(image))
+            images.append(dataclasses.replace(self._view, width=width, height=height).apply(image))
             if self._local_row[index] >= 0:
                 part = crop(image, self._crops[self._local_row[index]])
                 crops.append(dataclasses.replace(self._view, width=part.width, height=part.height).apply(part))

@@ -153,9 +153,9 @@ class CaptionSamples:
         chosen = records.iloc[kept]
         self._paths = [dataset.path(path) for path in chosen["image_path"]]
         self._view = clip.view(1, 1)
-        counts = torch.tensor([len(captions[row]) for row in kept])
-        self._counts = counts
-        self._firsts = counts.cumsum(0) - counts
+        # the captions of image i have the numbers firsts[i] to firsts[i] + counts[i] - 1
+        self._counts = torch.tensor([len(captions[row]) for row in kept])
+        self._firsts = self._counts.cumsum(0) - self._counts
         tokens, lengths = tokenize([text for row in kept for text in captions[row]], clip.context_length)
         self._tokens = trim(tokens)
         self.truncated = int((lengths > clip.context_length).sum())

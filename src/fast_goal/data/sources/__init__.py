@@ -3,9 +3,10 @@
 A source is a function with a config dataclass:
 
     @source("folder", FolderConfig)
-    def load(config: FolderConfig, name: str, folder: Path, seed: int) -> Loaded: ...
+    def load(config: FolderConfig, name: str, folder: Path) -> Loaded: ...
 
-`name` is the data set's name, `folder` (`data/datasets/<name>`) is the source's own to write in, `seed` is the run's.
+`name` is the data set's name, `folder` (`data/datasets/<name>`) is the source's own to write in. A source that
+draws lots has a `seed` of its own: the data stay the same when the run's `seed`, that of training, changes.
 A new one is a new file here and a new file in `conf/dataset/`.
 """
 
@@ -37,7 +38,7 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
 
 
-Load = Callable[[Any, str, Path, int], Loaded]
+Load = Callable[[Any, str, Path], Loaded]
 _SOURCES: dict[str, tuple[Load, type]] = {}
 
 

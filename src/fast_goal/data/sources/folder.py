@@ -68,6 +68,7 @@ class FolderConfig:
     captions: str
     columns: Columns
     fractions: Fractions
+    seed: int = number(0)  # of the splits
 
 
 @dataclass
@@ -90,7 +91,7 @@ class _Skipped(list):
 
 
 @source("folder", FolderConfig)
-def load(config: FolderConfig, name: str, folder: Path, seed: int) -> Loaded:
+def load(config: FolderConfig, name: str, folder: Path) -> Loaded:
     """Reads the table, checks every image by decoding it, and divides the images into splits.
 
     The split of an image is drawn from its content and the seed, so it does not change when others are added, and
@@ -118,7 +119,7 @@ def load(config: FolderConfig, name: str, folder: Path, seed: int) -> Loaded:
         skipped.note(path, -1, "no caption", "no row of the table names this image")
     if not rows:
         raise DataError(f"{where}: none of the images can be used. {_reasons(skipped)}")
-    notes = _assign_splits(rows, config, seed)
+    notes = _assign_splits(rows, config)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
         folder / "SOURCE.json", {"source": "folder", "root": config.root, "images": config.images, "captions": config.captions}
@@ -304,13 +305,13 @@ def _unnamed(root: Path, images: str, named: set[str]) -> list[str]:
     return found
 
 
-def _assign_splits(rows: list[dict[str, Any]], config: FolderConfig, seed: int) -> list[str]:
+def _assign_splits(rows: list[dict[str, Any]], config: FolderConfig) -> list[str]:
     """Fills in the column `split`; images of the same content get the split of the first. Returns notes for the log."""
     notes, split_of, moved, copies = [], {}, 0, 0
     for row in rows:
         content = row["content_hash"]
         copies += content in split_of
-        wanted = row["split"] or _draw(content, seed, config.fractions)
+        wanted = row["split"] or _draw(content, config.seed, config.fractions)
         row["split"] = split_of.setdefault(content, wanted)
         moved += row["split"] != wanted
     if copies:

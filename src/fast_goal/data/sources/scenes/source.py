@@ -37,7 +37,7 @@ class ScenesConfig:
 
 
 @source("scenes", ScenesConfig)
-def load(config: ScenesConfig, name: str, folder: Path, seed: int) -> Loaded:
+def load(config: ScenesConfig, name: str, folder: Path) -> Loaded:
     """Draws the data set into `folder/<split>/<image_id>.png`.
 
     What is drawn depends on `config` alone (its own seed, not the run's `seed`), to the byte. Images are written
