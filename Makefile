@@ -1,5 +1,6 @@
 # `make repro` runs the main job, `make test` the tests; both set the environment up first.
 PYTHON ?= python3.11
+JOBS ?= 2
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
@@ -33,7 +34,7 @@ repro: setup  ## run the pipeline: everything that is out of date, in order
 	dvc repro
 
 test: setup  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 lint: setup  ## check style
 	$(BIN)/ruff check src flows tests

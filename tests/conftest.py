@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-# Before any import of torch: the tests compare floats, and two workers with many threads each are slower than with one.
+# Before any import of torch. The models are tiny: threads that wait for each other cost more than they bring.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("FAST_GOAL_DEVICE", "cpu")
 
 

@@ -70,7 +70,7 @@ def test_what_is_stored(trained):
     info = json.loads((folder / "detector.json").read_text())
     assert {path.name for path in folder.iterdir()} == {"detector.json", "detector.safetensors"}
     assert (info["kind"], info["format"], info["weights"]) == ("trained", "safetensors", "yolo11n.yaml")
-    assert info["names"] == ["blue", "green", "red"]
+    assert info["names"] == ["object"]
     assert len(info["sha256"]) == 64
     assert 0 <= metrics["mAP50"] <= 1
     assert (metrics["train_images"], metrics["held_out_images"]) == (4, 1)  # of the five with two objects or more
@@ -159,15 +159,14 @@ def test_training_images_and_labels(scenes, tmp_path):
     counts = scenes.objects["image_id"].value_counts()
     assert (counts[chosen["image_id"]] >= 2).all()
     assert set(chosen["split"]) == {"train"}
-    names = sorted(objects["label"].unique())
-    _, sizes = module._write_yolo_dataset(scenes, chosen, objects, names, tmp_path)
+    _, sizes = module._write_yolo_dataset(scenes, chosen, objects, tmp_path)
     assert sizes == {"train": 4, "val": 1}
     written = sorted(tmp_path.glob("labels/*/*.txt"))
     assert len(written) == len(list(tmp_path.glob("images/*/*.png"))) == 5
     for path, image_id in zip(sorted(written, key=lambda p: p.name), chosen["image_id"], strict=True):
         true = objects[objects["image_id"] == image_id]
         lines = [line.split() for line in path.read_text().splitlines()]
-        assert [names[int(line[0])] for line in lines] == list(true["label"])
+        assert [line[0] for line in lines] == ["0"] * len(true)
         x, y, w, h = np.array([line[1:] for line in lines], dtype=float).T * np.array([[64], [48], [64], [48]])
         boxes = np.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], 1)
         assert box_iou(boxes, true[["x1", "y1", "x2", "y2"]].to_numpy(float)).min() > 0.99

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from fast_goal.config import ScratchConfig
@@ -33,6 +34,15 @@ def scratch_config(**changes) -> ScratchConfig:
         "warmup_steps": 2,
     }
     return ScratchConfig(**(values | changes))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For models this small, threads that wait for each other cost more than they bring, many times so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ from fast_goal.flism.regions import Detections
 from fast_goal.progress import Progress
 
 HELD_OUT = 0.1  # of the detector's training images, for mAP50
+TRAINED_CLASS = "object"
 WEIGHTS_FILE = "detector.safetensors"
 NO_DETECTOR = "set base.detector.kind=none to work with the spatial regions alone"
 
@@ -159,6 +160,8 @@ def obtain_detector(config: DetectorConfig, folder: Path | str) -> dict[str, Any
 def train_detector(dataset: Dataset, config: DetectorConfig, folder: Path | str, seed: int) -> dict[str, float]:
     """Trains the architecture `config.weights` from scratch on the true boxes of `dataset` and stores it in `folder`.
 
+    It learns one class, `object`: FLISM needs to know where things are, and a few hundred images teach a small network
+    that long before they teach it to tell sixteen shapes apart.
     The images are a seeded sample of `config.images` of the split `config.split`, of those with at least two objects
     (a close-up teaches a box around the whole image) where there are any; a tenth of them is held out and chosen
     nothing by. Returns the mAP50 on the held-out images (fraction), their numbers, and seconds. Raises ConfigError if
@@ -178,11 +181,10 @@ def train_detector(dataset: Dataset, config: DetectorConfig, folder: Path | str,
             f"base.detector.weights = {config.weights!r} is no architecture ({error}). kind=trained needs one that "
             "ultralytics knows, such as yolo11n.yaml, or the path of one."
         ) from None
-    names = sorted(objects["label"].unique())
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fast-goal-detector-") as temporary:
-        data, counts = _write_yolo_dataset(dataset, chosen, objects, names, Path(temporary))
+        data, counts = _write_yolo_dataset(dataset, chosen, objects, Path(temporary))
         trainer = DetectionTrainer(
             overrides={
                 "model": config.weights,
@@ -190,7 +192,7 @@ def train_detector(dataset: Dataset, config: DetectorConfig, folder: Path | str,
                 "epochs": config.epochs,
                 "imgsz": config.image_size,
                 "batch": min(config.batch_size, counts["train"]),
-                "nbs": config.batch_size,  # an optimizer step for every batch: its default, 64 images, leaves a short run too few
+                "nbs": config.batch_size,  # an optimizer step per batch: its default, 64 images, leaves too few
                 "seed": seed,
                 "deterministic": True,
                 "device": _device_name(default_device()),
@@ -218,7 +220,7 @@ def train_detector(dataset: Dataset, config: DetectorConfig, folder: Path | str,
         }
     _save_state(model, folder / WEIGHTS_FILE, save_file)
     metrics["seconds"] = time.monotonic() - begin
-    info = _info("trained", config, folder, WEIGHTS_FILE, "safetensors", names, config.image_size)
+    info = _info("trained", config, folder, WEIGHTS_FILE, "safetensors", [TRAINED_CLASS], config.image_size)
     write_json(folder / "detector.json", {**info, "architecture": _architecture(model), "metrics": metrics})
     return metrics
 
@@ -270,9 +272,7 @@ def _training_sample(dataset: Dataset, config: DetectorConfig, seed: int) -> tup
     return chosen, dataset.objects[dataset.objects["image_id"].isin(chosen["image_id"])]
 
 
-def _write_yolo_dataset(
-    dataset: Dataset, records: Any, objects: Any, names: list[str], root: Path
-) -> tuple[Path, dict[str, int]]:
+def _write_yolo_dataset(dataset: Dataset, records: Any, objects: Any, root: Path) -> tuple[Path, dict[str, int]]:
     """Writes images and labels in ultralytics' layout below `root`; returns the path of its YAML and images per split.
 
     Images are decoded by this project and written anew: what the detector trains on is then upright, RGB and 8-bit, as
@@ -280,7 +280,6 @@ def _write_yolo_dataset(
     """
     import yaml
 
-    classes = {name: index for index, name in enumerate(names)}
     boxes_of = dict(tuple(objects.groupby("image_id")))
     readable = []
     for row in records.itertuples():
@@ -302,10 +301,10 @@ def _write_yolo_dataset(
         lines = []
         for found in boxes_of[image_id].itertuples():
             x1, y1, x2, y2 = np.clip(np.array([found.x1, found.y1, found.x2, found.y2]) / size, 0, 1)
-            lines.append(f"{classes[found.label]} {(x1 + x2) / 2:.6f} {(y1 + y2) / 2:.6f} {x2 - x1:.6f} {y2 - y1:.6f}")
+            lines.append(f"0 {(x1 + x2) / 2:.6f} {(y1 + y2) / 2:.6f} {x2 - x1:.6f} {y2 - y1:.6f}")
         (root / "labels" / split / f"{number:06d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     path = root / "data.yaml"
-    content = {"path": str(root), "train": "images/train", "val": "images/val", "names": dict(enumerate(names))}
+    content = {"path": str(root), "train": "images/train", "val": "images/val", "names": {0: TRAINED_CLASS}}
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path, counts
 
