@@ -56,12 +56,15 @@ def caption_lengths(records: pd.DataFrame) -> CaptionLengths:
 def describe(subject: Subject, lengths: CaptionLengths, picture: str | None) -> str:
     """The card of one data set; `picture` is the file name of the histogram beside it, None without long captions."""
     records, source = subject.dataset.records, subject.dataset.source
+    about = {
+        "Source": source,
+        "Licence": LICENCES.get(source, NOT_STATED),
+        "Digest of the records": f"`{subject.dataset.digest}`",
+    }
     parts = [
         f"## {subject.name}",
         EXPLANATIONS.get(source, ""),
-        f"* Source: {source}",
-        f"* Licence: {LICENCES.get(source, NOT_STATED)}",
-        f"* Digest of the records: `{subject.dataset.digest}`",
+        "\n".join(f"* {fact}: {value}" for fact, value in about.items()),
         "### Images",
         _table(["split", "images", "with a long caption", "short captions"], _split_rows(records)),
         _table(["pixels", *_QUANTILE_NAMES], [[side, *_quantiles(records[side].to_numpy())] for side in ("width", "height")]),

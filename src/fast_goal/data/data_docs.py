@@ -43,8 +43,8 @@ _REMOTE = (
     re.compile(
         r'<div class="card mb-3">.*?Validation Filter:.*?</label>\s*</div>\s*</div>\s*</div>\s*</div>\s*</div>', re.DOTALL
     ),
-    re.compile(r"[^{}]*\{[^{}]*url\('https?://[^{}]*\}"),  # a rule of a style that loads a picture
 )
+_REMOTE_PICTURE = re.compile(r"url\(['\"]?https?://[^)]*\)")
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def make_local(docs: Path, results: Sequence[Result]) -> None:
         text = page.read_text(encoding="utf-8")
         for pattern in _REMOTE:
             text = pattern.sub("", text)
+        text = _REMOTE_PICTURE.sub("none", text)
         page.write_text(text.replace("</head>", f"<style>{STYLE}</style>\n</head>"), encoding="utf-8")
     (docs / "index.html").write_text(_index(docs, results), encoding="utf-8")
 
