@@ -68,25 +68,23 @@ class Said:
     end: int
 
 
-def plan_thing(
-    generator: np.random.Generator, thing: int, boxes: np.ndarray, others: list[int], close_up: bool = False
-) -> Plan:
+def plan_thing(generator: np.random.Generator, thing: int, boxes: np.ndarray, others: list[int]) -> Plan:
     """Draws the wording for one thing; a place only if it is true of `boxes` [N, 4], fractions of the image.
 
-    A relation names one of `others`. In a close-up neither place nor size means anything, so none is told.
+    A relation names one of `others`.
     """
     roll = generator.random()
     place: tuple[int, int] | tuple[str, int] | None = None
-    if not close_up and roll < POSITION_SHARE:
+    if roll < POSITION_SHARE:
         place = cell(boxes[thing])
-    elif not close_up and roll < POSITION_SHARE + RELATION_SHARE:
+    elif roll < POSITION_SHARE + RELATION_SHARE:
         known = [(relation(boxes[thing], boxes[other]), other) for other in others if other != thing]
         true = [(word, other) for word, other in known if word is not None]
         place = true[int(generator.integers(len(true)))] if true else None
     templates = PLACED if place else UNPLACED
     template = templates[int(generator.integers(len(templates)))]
     say_size, pattern_last = generator.random(2) < (SIZE_SHARE, ENDING_SHARE)
-    return Plan(thing, template, bool(say_size) and not close_up, bool(pattern_last), place)
+    return Plan(thing, template, bool(say_size), bool(pattern_last), place)
 
 
 def cell(box: np.ndarray) -> tuple[int, int] | None:

@@ -23,6 +23,7 @@ from fast_goal.data.sources.scenes.vocabulary import (
 
 MIN_VISIBLE = 0.6  # share of an object's area; below it the pattern of a small object is lost
 JITTER = 0.085  # of an object's centre around the centre of its grid cell
+FILL = (0.4, 0.95)  # of a close-up's side, the extent of its subject
 CONTRASTS = {"colour": tuple(COLOURS), "shape": SHAPES, "pattern": PATTERNS}
 
 
@@ -34,7 +35,7 @@ def random_scene(generator: np.random.Generator, image_size: int) -> tuple[Scene
     """
     count = int(generator.choice(list(NUMBERS)))
     while True:
-        scene = _background(generator, zoom=1.0)
+        scene = _background(generator)
         things = []
         for cell in generator.permutation(9)[:count]:
             size = _pick(generator, tuple(SIZES))
@@ -50,15 +51,23 @@ def random_scene(generator: np.random.Generator, image_size: int) -> tuple[Scene
                 return scene, drawing
 
 
-def random_close_up(generator: np.random.Generator, image_size: int) -> tuple[Scene, Drawing]:
-    """One thing that fills most of the image: what a tight crop of a full scene looks like, strokes and texture included."""
-    size = _pick(generator, tuple(SIZES))
-    extent = generator.uniform(0.7, 0.95)
-    scene = _background(generator, zoom=extent / generator.uniform(*SIZES[size]))
-    x, y = 0.5 + generator.uniform(-0.06, 0.06, 2)
-    thing = _thing(generator, scene.background, "large", extent, float(x), float(y))
-    scene = dataclasses.replace(scene, things=(thing,))
-    return scene, draw(scene, image_size)
+def random_close_up(generator: np.random.Generator, scene: Scene, thing: int, image_size: int) -> tuple[Scene, Drawing]:
+    """A detail of `scene`, drawn sharp: one of its things fills a good part of the image, others may show at the edges."""
+    focus = scene.things[thing]
+    fill = float(np.exp(generator.uniform(*np.log(FILL))))
+    factor = fill / focus.extent
+    x, y = 0.5 + generator.uniform(-0.5, 0.5, 2) * (1 - fill)
+    things = tuple(
+        dataclasses.replace(
+            other,
+            x=float(x + (other.x - focus.x) * factor),
+            y=float(y + (other.y - focus.y) * factor),
+            extent=other.extent * factor,
+        )
+        for other in scene.things
+    )
+    detail = dataclasses.replace(scene, zoom=scene.zoom * factor, things=things)
+    return detail, draw(detail, image_size)
 
 
 def twins(generator: np.random.Generator, scene: Scene, image_size: int) -> Iterator[tuple[Scene, Drawing]]:
@@ -90,10 +99,10 @@ def _tint(generator: np.random.Generator, most: int) -> RGB:
     return red, green, blue
 
 
-def _background(generator: np.random.Generator, zoom: float) -> Scene:
+def _background(generator: np.random.Generator) -> Scene:
     background, texture = _pick(generator, tuple(BACKGROUNDS)), _pick(generator, TEXTURES)
     x, y = generator.uniform(0, 1, 2).tolist()
-    return Scene(background, texture, _tint(generator, 5), (x, y), float(zoom), ())
+    return Scene(background, texture, _tint(generator, 5), (x, y), 1.0, ())
 
 
 def _thing(generator: np.random.Generator, background: str, size: str, extent: float, x: float, y: float) -> Thing:

@@ -6,6 +6,7 @@ processes, and a larger data set begins with the images of a smaller one.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 from dataclasses import dataclass
@@ -43,10 +44,7 @@ def make_samples(seed: int, split: str, index: int, image_size: int) -> list[Sam
     generator = np.random.default_rng(np.random.SeedSequence([seed, SPLIT_NUMBERS[split], index]))
     image_id = f"{split}-{index:06d}"
     if split == "pretrain" and generator.random() < CLOSE_UP_SHARE:
-        scene, drawing = random_close_up(generator, image_size)
-        boxes = drawing.boxes / image_size
-        short = [language.plan_thing(generator, 0, boxes, [], close_up=True) for _ in range(generator.integers(1, 3))]
-        return [_sample(image_id, split, scene, drawing, [], short)]
+        return [_close_up(generator, image_id, image_size)]
     while True:
         scene, drawing = random_scene(generator, image_size)
         boxes = drawing.boxes / image_size
@@ -59,6 +57,22 @@ def make_samples(seed: int, split: str, index: int, image_size: int) -> list[Sam
         for twin, twin_drawing in twins(generator, scene, image_size):
             if all(language.holds(plan, twin_drawing.boxes / image_size) for plan in plans):
                 return [*samples, _sample(f"{image_id}-twin", split, twin, twin_drawing, long, short)]
+
+
+def _close_up(generator: np.random.Generator, image_id: str, image_size: int) -> Sample:
+    """A detail of a scene, with a sentence that the whole scene would have for its subject, size and place included.
+
+    So it is with details of photographs on the web. Were size and place told of whole scenes only, a CLIP would learn that
+    these words mean a whole scene, and FLISM would match "a small ..." with any part of a scene that shows little.
+    """
+    scene, drawing = random_scene(generator, image_size)
+    subject = int(generator.integers(len(scene.things)))
+    boxes, everything = drawing.boxes / image_size, list(range(len(scene.things)))
+    short = [language.plan_thing(generator, subject, boxes, everything) for _ in range(generator.integers(1, 3))]
+    detail, drawing = random_close_up(generator, scene, subject, image_size)
+    sample = _sample(image_id, "pretrain", detail, drawing, [], short)
+    # the others are cut off: they are no example of what the detector is to find
+    return dataclasses.replace(sample, objects=[sample.objects[subject]])
 
 
 def _plan_long(generator: np.random.Generator, boxes: np.ndarray) -> list[Plan | str]:
