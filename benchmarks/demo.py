@@ -18,6 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from fast_goal.configure import compose
+
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = {  # name -> overrides of `fast-goal configure`
     "global": ["experiment=demo_global"],
@@ -73,7 +75,12 @@ def measure(clone: Path, arm: str, seed: int, overrides: list[str]) -> list[dict
     report = json.loads((clone / "models/reports/metrics.json").read_text())
     seconds = {
         step: json.loads((clone / folder / "metrics.json").read_text())["seconds"]
-        for step, folder in {"base": "models/base", "flism": "data/flism", "finetune": "models/finetune", "evaluate": "models/reports"}.items()
+        for step, folder in {
+            "base": "models/base",
+            "flism": "data/flism",
+            "finetune": "models/finetune",
+            "evaluate": "models/reports",
+        }.items()
     }
     rows = [row("finetuned", arm, seed, report["scenes"], seconds)]
     if arm == next(iter(ARMS)):
@@ -89,13 +96,19 @@ def row(model: str, arm: str, seed: int, metrics: dict, seconds: dict[str, float
         for key in path:
             value = value[key.format(model=model)]
         values[column] = value
-    return {"arm": arm, "seed": seed, **values, "seconds": seconds["base"] if arm == "base" else seconds["finetune"], "steps": seconds}
+    return {
+        "arm": arm,
+        "seed": seed,
+        **values,
+        "seconds": seconds["base"] if arm == "base" else seconds["finetune"],
+        "steps": seconds,
+    }
 
 
 def equal_compute_epochs(rows: list[dict], seed: int) -> int:
     """Epochs of global fine-tuning that take as long as the default ones of FAST-GOAL."""
     seconds = {row["arm"]: row["seconds"] for row in rows if row["seed"] == seed}
-    default = 5
+    default = compose(ARMS["global"])["finetune"]["epochs"]
     return max(default + 1, round(default * seconds["FAST-GOAL"] / seconds["global"]))
 
 
@@ -124,7 +137,9 @@ def write(output: Path, rows: list[dict], revision: str) -> None:
 
 def commit(clone: Path) -> str:
     """The short hash of the code that was measured."""
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=clone, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=clone, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -82,6 +82,12 @@ def changed(values: dict, key: str, value: object) -> dict:
         ("download.datasets.scenes.trian", 5, "download.datasets.scenes.trian"),
         ("objective.weights", {"globl": 1.0}, "objective.weights.globl"),
         ("evaluate.ks", [1, "five"], "evaluate.ks[1] = 'five'"),
+        ("base.keep_positions", 77, "base.keep_positions = 77: expected at most 75"),
+        ("validate.expected_counts", {"trian": 5}, "validate.expected_counts = 'trian': expected one of"),
+        ("evaluate.ks", [1, 0], "evaluate.ks[1] = 0: expected at least 1"),
+        ("evaluate.split", "tset", "evaluate.split = 'tset': expected one of"),
+        ("evaluate.datasets", ["scenes", "docci"], "evaluate.datasets = ['docci']: not among download.datasets: ['scenes']"),
+        ("flism.splits", ["train", "trian"], "flism.splits[1] = 'trian': expected one of"),
         ("seed", None, "seed = None"),
         ("nonsense", 1, "unknown key nonsense"),
     ],
@@ -90,6 +96,11 @@ def test_a_wrong_value_is_named_with_its_full_key(demo: dict, key: str, value: o
     with pytest.raises(ConfigError) as error:
         check(changed(demo, key, value))
     assert message in str(error.value)
+
+
+def test_regions_of_a_detector_that_is_not_there_are_refused(demo: dict):
+    with pytest.raises(ConfigError, match=r"flism\.regions = 'detector' needs a detector"):
+        check(changed(changed(demo, "flism.regions", "detector"), "base.detector.kind", "none"))
 
 
 def test_a_missing_key_is_named(demo: dict):

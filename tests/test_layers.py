@@ -72,7 +72,8 @@ def test_a_file_imports_only_from_below(path: Path):
 
 @pytest.mark.parametrize("library", USERS)
 def test_a_library_is_imported_only_by_its_user(library: str):
-    users = {path.relative_to(SOURCE).as_posix() for path in FILES if any(name.split(".")[0] == library for name in imports(path))}
+    importers = [path for path in FILES if any(name.split(".")[0] == library for name in imports(path))]
+    users = {path.relative_to(SOURCE).as_posix() for path in importers}
     strays = {user for user in users if not any(user == place or user.startswith(f"{place}/") for place in USERS[library])}
     assert not strays
 
@@ -94,7 +95,8 @@ def test_training_machine_needs_no_mlops_package():
     ]
     code = (
         "import sys, importlib\n"
-        "for name in ['mlflow', 'dvc', 'prefect', 'great_expectations', 'hydra', 'omegaconf', 'typer']: sys.modules[name] = None\n"
+        "for name in ['mlflow', 'dvc', 'prefect', 'great_expectations', 'hydra', 'omegaconf', 'typer']:\n"
+        "    sys.modules[name] = None\n"
         f"for name in {modules!r}: importlib.import_module(name)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -61,7 +61,9 @@ for _step, _summary in STEPS.items():
     rich_help_panel="Set-up",
 )
 def configure_command(
-    overrides: Annotated[list[str] | None, typer.Argument(help="experiment=NAME, GROUP=OPTION or KEY=VALUE", show_default=False)] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="experiment=NAME, GROUP=OPTION or KEY=VALUE", show_default=False)
+    ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the result instead of writing params.yaml.")] = False,
     options: Annotated[bool, typer.Option("--list", help="List the experiments and the options of every group.")] = False,
 ) -> None:

@@ -23,10 +23,11 @@ from fast_goal.errors import ConfigError
 
 PARAMS_FILE = Path("params.yaml")
 T = TypeVar("T")
+Split = Literal["pretrain", "train", "val", "test"]
 
 
 def number(low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
-    """A numeric field: `low` and `high` are inclusive bounds, `above` an exclusive lower one."""
+    """A numeric field, or a list of numbers: `low` and `high` are inclusive bounds, `above` an exclusive lower one."""
     return dataclasses.field(metadata={"low": low, "high": high, "above": above})
 
 
@@ -49,7 +50,7 @@ class DownloadConfig:
 class ScratchConfig:
     """A small CLIP trained from scratch on short captions, for where no pretrained weights can be had."""
 
-    split: str
+    split: Split
     image_size: int = number(32)
     patch_size: int = number(4)
     embed_dim: int = number(8)
@@ -76,7 +77,7 @@ class DetectorConfig:
     kind: Literal["trained", "ultralytics", "none"]
     weights: str  # architecture (yolo11n.yaml) for `trained`, else weights by name (yolo11n.pt) or by path
     trust_pickle: bool  # allow a local .pt, which ultralytics unpickles without restriction
-    split: str
+    split: Split
     image_size: int = number(32)
     images: int = number(1)
     epochs: int = number(1)
@@ -93,14 +94,14 @@ class BaseConfig:
     scratch: ScratchConfig
     detector: DetectorConfig
     context_length: int = number(77)
-    keep_positions: int = number(1)
+    keep_positions: int = number(1, 75)  # of CLIP's 77; two at least are left to stretch
 
 
 @dataclasses.dataclass(frozen=True)
 class FlismConfig:
     """Region and sentence matching (METHOD section 2, Tables VII and VIII)."""
 
-    splits: list[str]
+    splits: list[Split]
     regions: Literal["both", "detector", "spatial"]
     top_k: int = number(1)
     confidence: float = number(0, 1)
@@ -115,7 +116,7 @@ class FlismConfig:
 class ValidateConfig:
     """Expectations whose bounds depend on the data set; the others have none to set."""
 
-    expected_counts: dict[str, int]  # split -> images; an absent split is not checked
+    expected_counts: dict[Split, int]  # split -> images; an absent split is not checked
     max_skipped: float = number(0, 1)  # fraction of all samples
     min_mean_words: float = number(0)
     max_mean_words: float = number(0)
@@ -148,9 +149,9 @@ class EvaluateConfig:
     """Retrieval, localisation and the report."""
 
     datasets: list[str]
-    split: str
-    ks: list[int]
-    patch_ks: list[int]
+    split: Split
+    ks: list[int] = number(1)
+    patch_ks: list[int] = number(1)
     batch_size: int = number(1)
     bootstrap_samples: int = number(1)
     pictures: int = number(0)  # queries shown in the retrieval picture
@@ -187,11 +188,22 @@ def load_params(path: Path | str = PARAMS_FILE) -> Params:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
-            f"{path} does not exist here ({Path.cwd()}). Change to the project's folder, or write it with `fast-goal configure`."
+            f"{path} does not exist here ({Path.cwd()}). Change to the project's folder, or write it: `fast-goal configure`."
         ) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    return build(Params, values, str(path))
+    params = build(Params, values, str(path))
+    check_together(params)
+    return params
+
+
+def check_together(params: Params) -> None:
+    """Raises ConfigError where sections contradict each other; else a late step would find it, after hours of work."""
+    datasets = sorted(params.download.datasets)
+    if unknown := [name for name in params.evaluate.datasets if name not in datasets]:
+        raise ConfigError(f"evaluate.datasets = {unknown}: not among download.datasets: {datasets}")
+    if params.flism.regions == "detector" and params.base.detector.kind == "none":
+        raise ConfigError("flism.regions = 'detector' needs a detector: set base.detector.kind, or flism.regions=spatial")
 
 
 def build(cls: type[T], values: Any, where: str) -> T:
@@ -247,7 +259,10 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{key} = {value!r}: expected a mapping of keys to values")
-        return {str(name): _convert(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
+        return {
+            _convert(arguments[0], str(name), key): _convert(arguments[1], item, f"{key}.{name}")
+            for name, item in value.items()
+        }
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 5e-6 as text
@@ -262,6 +277,10 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
 
 def _check_range(value: Any, bounds: Mapping[str, Any], key: str) -> None:
     if not bounds or value is None:
+        return
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_range(item, bounds, f"{key}[{index}]")
         return
     low, high, above = bounds.get("low"), bounds.get("high"), bounds.get("above")
     # `not (a <= b)` also refuses NaN

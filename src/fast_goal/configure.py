@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from fast_goal.config import PARAMS_FILE, Params, build
+from fast_goal.config import PARAMS_FILE, Params, build, check_together
 from fast_goal.errors import ConfigError
 from fast_goal.files import write_text
 
@@ -53,6 +53,7 @@ def check(values: dict[str, Any]) -> Params:
     from fast_goal.objectives import objective_config
 
     params = build(Params, values, str(PARAMS_FILE))
+    check_together(params)
     for name, values_of_source in params.download.datasets.items():
         source_config(values_of_source, f"download.datasets.{name}")
     objective_config(params.objective, "objective")

@@ -39,7 +39,9 @@ class Progress:
         """Counts `count` more units; `notes` (such as loss=1.23) stand in the line until the next ones."""
         self.done += count
         if notes:
-            self._notes = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in notes.items())
+            self._notes = "  ".join(
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in notes.items()
+            )
         if time.monotonic() - self._last >= self._interval:
             self._write()
 
@@ -47,7 +49,13 @@ class Progress:
         """The line as text."""
         percent = f"{100 * self.done / self.total:3.0f}%" if self.total else " --"
         left = (self.total - self.done) / self.rate if self.rate > 0 else float("inf")
-        parts = [f"{self.name}: {self.done:,}/{self.total:,} {self.unit}", percent, self._notes, f"{self.rate:,.1f} {self.unit}/s", f"left {_clock(left)}"]
+        parts = [
+            f"{self.name}: {self.done:,}/{self.total:,} {self.unit}",
+            percent,
+            self._notes,
+            f"{self.rate:,.1f} {self.unit}/s",
+            f"left {_clock(left)}",
+        ]
         return "  ".join(part for part in parts if part)
 
     def _write(self, final: bool = False) -> None:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -233,7 +234,7 @@ class TestSkipped:
             ("../../secret.jpg", 10, "path outside the data root"),
             ("/etc/passwd", 11, "path outside the data root"),
             ("", 12, "no image named"),
-            ("good", 13, "duplicate id"),
+            ("images/good.png", 13, "duplicate id"),
             ("ab", 17, "image missing"),
             ("n" * 300, 18, "unreadable image"),
             ("images/nobody.jpg", -1, "no caption"),
@@ -244,7 +245,7 @@ class TestSkipped:
         assert "Truncated" in detail["cut"] and "0 bytes" in detail["zero"] and "not an image" in detail["text"]
         details = [row["detail"] for row in loaded.skipped]
         assert "3 fields instead of 2" in details[0] and "1 fields instead of 2" in details[1]
-        assert any("images/good.png" in text and "images/good.jpg (row 2)" in text for text in details)
+        assert detail["images/good.png"] == "the id 'good' belongs to images/good.jpg (row 2)"
 
     def test_bad_json_rows(self, photos):
         photos.image("a.jpg"), photos.image("b.jpg")
@@ -272,6 +273,13 @@ class TestSkipped:
         photos.image("a.jpg")
         photos.text(json.dumps([{"image": "a.jpg", "caption": "half \ud83d of \ud83c\udf89 \u0000 it"}]), "c.json")
         assert photos.load(captions="c.json").rows[0]["captions"] == ["half \ufffd of 🎉  it"]
+
+    def test_a_file_name_that_is_not_utf8(self, photos):
+        photos.image("1.jpg")
+        photos.csv([["1.jpg", "a dog"]])
+        with open(os.fsencode(photos.root / "images") + b"/caf\xe9.jpg", "wb") as stream:  # noqa: PTH123 (a name that is not UTF-8)
+            stream.write(b"x")
+        assert reasons(photos.load()) == [("images/caf\ufffd.jpg", -1, "no caption")]
 
     def test_nothing_left(self, photos):
         photos.csv([["a.jpg", "x"], ["b.jpg", "y"]])

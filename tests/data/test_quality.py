@@ -104,9 +104,14 @@ def test_twins_are_no_leak(subject):
 
 
 def test_skipped_share_counts_a_sample_once(subject):
-    skipped = pd.concat([subject.skipped] * 3 + [subject.skipped.assign(sample="a0")])
+    skipped = pd.concat([subject.skipped] * 3 + [subject.skipped.assign(sample="a0", step="flism")])
     assert replace(subject, skipped=skipped).skipped_share == pytest.approx(2 / 7)
     assert replace(with_records(subject, subject.dataset.records[:0]), skipped=skipped[:0]).skipped_share == 0
+
+
+def test_an_image_that_lost_only_a_caption_is_not_skipped(subject):
+    skipped = pd.concat([subject.skipped, subject.skipped.assign(sample="a0", reason="duplicate caption")])
+    assert replace(subject, skipped=skipped).skipped_share == pytest.approx(1 / 7)
 
 
 def test_images_are_inspected_alike_by_any_number_of_workers(subject):

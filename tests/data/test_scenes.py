@@ -182,7 +182,8 @@ def test_words_for_size_and_place_do_not_tell_a_scene_from_a_close_up():
     for pattern in words:
         shares = []
         for close_up in (True, False):
-            captions = [text for sample in samples if (len(sample.objects) == 1) == close_up for text in sample.record["captions"]]
+            chosen = [sample for sample in samples if (len(sample.objects) == 1) == close_up]
+            captions = [text for sample in chosen for text in sample.record["captions"]]
             shares.append(sum(bool(re.search(pattern, text)) for text in captions) / len(captions))
         assert abs(shares[0] - shares[1]) < 0.12, (pattern, shares)
 
@@ -213,7 +214,8 @@ def bounds(mask: np.ndarray) -> np.ndarray:
 
 
 def test_boxes_enclose_exactly_what_is_visible(samples):
-    for sample in [*flat(samples["train"])[:15], *flat(samples["pretrain"])[:10]]:
+    pretrain = [sample for sample in flat(samples["pretrain"]) if len(sample.objects) > 1]
+    for sample in [*flat(samples["train"])[:15], *pretrain[:10]]:
         alone = [touched(sample.scene, (thing,)) for thing in sample.scene.things]
         for index, row in enumerate(sample.objects):
             # pixels on the edge of a covering thing show both: the box lies between with and without them

@@ -12,7 +12,7 @@ from fast_goal.evaluation.embedding import Answers, Captions, Questions, Regions
 LENGTHS = [10, 77, 78, 128, 129, 248, 249, 400]
 
 
-def model(scores: list[list[float]], texts: list[str], first_hits: list[int]) -> Answers:
+def model(scores: list[list[float]], texts: list[str], first_hits: list[int], inside: tuple[int, ...] = (1, 0, 4)) -> Answers:
     """scores[i][t] of image i and text t."""
     return Answers(
         image_features=torch.tensor(scores),
@@ -20,7 +20,7 @@ def model(scores: list[list[float]], texts: list[str], first_hits: list[int]) ->
         text_lengths=np.array(LENGTHS[: len(texts)]),
         text_rows={text: row for row, text in enumerate(texts)},
         first_hits=np.array(first_hits),
-        patches_inside=np.array([1, 0, 4]),
+        patches_inside=np.array(inside),
         patches=4,
         context_length=248,
         seconds=1.0,
@@ -37,7 +37,7 @@ def found():
         base[wrong, wrong], base[wrong - 1, wrong] = 0.1, 0.5
     boxes = Regions(["text 0"] * 3, np.array([0, 0, 2]), np.zeros((3, 4)), "truth")
     asked = Questions([], [], np.zeros((0, 2)), Captions(texts, np.arange(8)), Captions(texts[:3], np.array([0, 0, 2])), boxes)
-    answers = {"base": model(base.tolist(), texts, [3, 5, 1]), "finetuned": model(tuned, texts, [1, 5, 1])}
+    answers = {"base": model(base.tolist(), texts, [5, 5, 1], (0, 0, 4)), "finetuned": model(tuned, texts, [1, 5, 1])}
     return compare(asked, answers, [1, 2, 50], [1, 3, 9], 200)
 
 
@@ -74,12 +74,13 @@ def test_chance_of_a_random_order(found):
 
 def test_localisation(found):
     places = found["localisation"]
-    assert places["base"] == pytest.approx({"hit@1": 100 / 3, "hit@3": 200 / 3, "hit@9": 200 / 3})
+    assert places["base"] == pytest.approx({"hit@1": 100 / 3, "hit@3": 100 / 3, "hit@9": 100 / 3})
     assert places["finetuned"] == pytest.approx({"hit@1": 200 / 3, "hit@3": 200 / 3, "hit@9": 200 / 3})
     assert places["chance"] == pytest.approx(
         {"hit@1": 100 * (0.25 + 0 + 1) / 3, "hit@3": 100 * (0.75 + 1) / 3, "hit@9": 200 / 3}
     )
-    assert (places["without_centre"], places["sentences"], places["images"]) == (1, 3, 2)
+    assert (places["without_centre"], places["sentences"], places["images"]) == ({"base": 2, "finetuned": 1}, 3, 2)
+    assert places["chance_of_base"] == pytest.approx({"hit@1": 100 / 3, "hit@3": 100 / 3, "hit@9": 100 / 3})
     assert places["difference"]["hit@1"]["value"] == pytest.approx(100 / 3)
 
 

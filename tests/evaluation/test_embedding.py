@@ -8,7 +8,7 @@ from PIL import Image
 
 from fast_goal.config import ScratchConfig
 from fast_goal.data.captions import tokenize
-from fast_goal.data.images import open_image
+from fast_goal.data.images import View, open_image
 from fast_goal.data.records import Dataset
 from fast_goal.errors import DataError
 from fast_goal.evaluation.embedding import answer, patch_maps, questions
@@ -107,10 +107,10 @@ def test_a_split_without_images_is_an_error(dataset):
 @torch.inference_mode()
 def test_features_are_those_of_one_by_one_encoding(clip, dataset):
     asked = questions(dataset, "test")
-    found = answer(clip, asked, "crop", 4, CPU)
+    found = answer(clip, asked, 4, CPU)
     for row, path in enumerate(asked.paths):
         image = open_image(path)
-        expected = clip.encode_image(clip.view(*image.size, "crop").apply(image)[None])[0]
+        expected = clip.encode_image(clip.view(*image.size).apply(image)[None])[0]
         torch.testing.assert_close(found.image_features[row], expected, atol=1e-5, rtol=0)
     for text, row in found.text_rows.items():
         tokens, length = tokenize([text], 32)
@@ -121,32 +121,34 @@ def test_features_are_those_of_one_by_one_encoding(clip, dataset):
 
 
 @pytest.mark.parametrize("mode", ["crop", "squash", "pad"])
-def test_patch_hits_are_those_of_a_loop(clip, dataset, mode):
+def test_patch_hits_are_those_of_a_loop(clip, dataset, mode, monkeypatch):
+    monkeypatch.setattr(clip, "view_mode", mode)
     asked = questions(dataset, "test")
-    found = answer(clip, asked, mode, 4, CPU)
-    for index, view in enumerate(patch_maps(clip, asked, range(8), mode, CPU)):
+    found = answer(clip, asked, 4, CPU)
+    for index, view in enumerate(patch_maps(clip, asked, range(8), CPU)):
         x1, y1, x2, y2 = view.box
         centres = [(16 * column + 8, 16 * row + 8) for row in range(4) for column in range(4)]
         inside = [x1 <= x < x2 and y1 <= y < y2 for x, y in centres]
         order = sorted(range(16), key=lambda patch: -view.similarity.flatten()[patch])
         expected = next((rank for rank, patch in enumerate(order, start=1) if inside[patch]), 17)
         assert (found.first_hits[index], found.patches_inside[index]) == (expected, sum(inside))
-        assert view.image.size == (64, 64)
+        path, size = asked.paths[asked.regions.images[index]], asked.sizes[asked.regions.images[index]].tolist()
+        assert view.image == View(*size, 64, mode).pixels(open_image(path))
     assert found.patches == 16
 
 
 def test_a_box_that_the_crop_cuts_off_is_a_miss(clip, dataset):
     asked = questions(dataset, "test")
-    found = answer(clip, asked, "crop", 4, CPU)
+    found = answer(clip, asked, 4, CPU)
     wide = asked.regions.images.tolist().index(3)  # 150 x 60: the crop shows the middle 60 pixels, the box ends at 30
     assert (found.patches_inside[wide], found.first_hits[wide]) == (0, 17)
 
 
 def test_the_batch_size_does_not_matter(clip, dataset):
     asked = questions(dataset, "test")
-    one = answer(clip, asked, "crop", 1, CPU)
+    one = answer(clip, asked, 1, CPU)
     for size in (2, 5, 100):
-        other = answer(clip, asked, "crop", size, CPU)
+        other = answer(clip, asked, size, CPU)
         torch.testing.assert_close(other.image_features, one.image_features, atol=1e-5, rtol=0)
         torch.testing.assert_close(other.text_features, one.text_features, atol=1e-5, rtol=0)
         assert other.first_hits.tolist() == one.first_hits.tolist()
@@ -155,7 +157,7 @@ def test_the_batch_size_does_not_matter(clip, dataset):
 def test_every_image_and_distinct_text_is_encoded_once(clip, dataset):
     counting = Counting(clip)
     asked = questions(dataset, "test")
-    found = answer(counting, asked, "crop", 4, CPU)
+    found = answer(counting, asked, 4, CPU)
     assert counting.images == 6
     distinct = {*asked.long.texts, *asked.short.texts, *asked.regions.sentences}
     assert counting.texts == len(distinct) == len(found.text_rows)
@@ -167,4 +169,4 @@ def test_every_image_and_distinct_text_is_encoded_once(clip, dataset):
 def test_a_missing_image_is_named(clip, dataset):
     records = dataset.records.assign(image_path=["absent.jpg", *dataset.records.image_path[1:]])
     with pytest.raises(DataError, match=r"absent\.jpg"):
-        answer(clip, questions(Dataset("x", dataset.root, records), "test"), "crop", 4, CPU)
+        answer(clip, questions(Dataset("x", dataset.root, records), "test"), 4, CPU)

@@ -27,11 +27,12 @@ def localisation(boxes="truth"):
     return {
         "boxes": boxes,
         "sentences": 4000,
-        "without_centre": 0,
+        "without_centre": {"base": 0, "finetuned": 0},
         "base": {"hit@1": 15.0},
         "finetuned": {"hit@1": 46.0},
         "difference": {"hit@1": {"value": 31.0, "low": 28.0, "high": 34.0}},
         "chance": {"hit@1": 14.0},
+        "chance_of_base": {"hit@1": 14.0},
     }
 
 
@@ -95,15 +96,22 @@ def test_each_doubt_is_said(facts):
     changed["long"]["truncated"] = {"base": 30, "finetuned": 30}
     changed["long"]["captions"] = 100
     changed["long"]["finetuned"]["text_to_image"]["tied"] = 12.0
-    changed["localisation"]["without_centre"] = 7
+    changed["localisation"]["without_centre"] = {"base": 7, "finetuned": 7}
     text = said({"x": changed}, facts)
     assert text.count("30 of 100 captions exceed the 248 tokens of either model") == 1
     assert "only 100 captions" in text
     assert "up to 12.0 % of the queries have a wrong candidate tied" in text
-    assert "7 of 4,000 boxes are too small" in text
+    assert text.count("7 of 4,000 boxes are too small, or too far out of the view of either model") == 1
+    assert "different views" not in text
 
     changed["long"]["truncated"] = {"base": 60, "finetuned": 30}
     changed["long"]["context_length"] = {"base": 77, "finetuned": 248}
     text = said({"x": changed}, facts)
     assert "60 of 100 captions exceed the 77 tokens of the base model" in text
     assert "30 of 100 captions exceed the 248 tokens of the fine-tuned model" in text
+
+    changed["localisation"] |= {"without_centre": {"base": 9, "finetuned": 0}, "chance_of_base": {"hit@1": 10.0}}
+    text = said({"x": changed}, facts)
+    assert "9 of 4,000 boxes are too small, or too far out of the view of the base model" in text
+    assert "10.0 % for the base, 14.0 % (shown) for the fine-tuned model at hit@1" in text
+    assert "1.5 times chance for the base, 3.3 times for the fine-tuned model" in text

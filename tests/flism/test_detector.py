@@ -247,6 +247,14 @@ def test_a_local_pickle_is_opened_only_if_trusted(pickled, tmp_path, images, mon
     assert len(detector.detect(images)) == 3
 
 
+@pytest.mark.parametrize("name", ["own.PT", "own.pt.bin", "own.pth"])
+def test_no_spelling_gets_a_pickle_opened(pickled, tmp_path, monkeypatch, name):
+    path = pickled[0].rename(tmp_path / name)
+    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("the pickle was opened"))
+    with pytest.raises(ConfigError, match=r"base\.detector\.trust_pickle"):
+        obtain(tmp_path, path)
+
+
 def test_an_official_name_offline(tmp_path, monkeypatch):
     prepare_ultralytics()
     from ultralytics.utils import downloads

@@ -192,6 +192,22 @@ def test_unusable_images_are_skipped_with_their_reason(scenes, tmp_path):
     assert set(result.pairs["image_id"]) == {f"image{number:02d}" for number in range(4, 11)}
 
 
+@pytest.mark.parametrize("shard_size", [2, 4, 100])
+def test_a_mended_image_is_used_by_the_next_run(scenes, tmp_path, shard_size):
+    expected = run(scenes, tmp_path / "other")
+    good = (scenes.root / "image05.png").read_bytes()
+    (scenes.root / "image05.png").write_bytes(b"no image")
+    (scenes.root / "image09.png").rename(tmp_path / "away.png")
+    assert list(run(scenes, tmp_path / "cache", shard_size=4).skipped["sample"]) == ["image05", "image09"]
+    (scenes.root / "image05.png").write_bytes(good)
+    detector = ColourDetector()
+    rest = run(scenes, tmp_path / "cache", detector=detector, shard_size=shard_size)
+    assert (list(rest.skipped["sample"]), detector.seen) == (["image09"], 4)
+    (tmp_path / "away.png").rename(scenes.root / "image09.png")
+    assert_same(run(scenes, tmp_path / "cache", shard_size=shard_size), expected)
+    assert_same(run(scenes, tmp_path / "cache"), expected)
+
+
 def test_detector_only_skips_an_image_without_detections(scenes, tmp_path):
     paint(scenes.root / "image04.png", {}, size=(64, 48))
     result = run(scenes, tmp_path / "cache", regions="detector")

@@ -82,9 +82,12 @@ def write_scenes(name: str, count: int = 12, truth: bool = True, folder: Path = 
     write_table(Path("data/flism") / name / "pairs.parquet", pairs, PAIRS)
 
 
-def write_models() -> None:
+def write_models(view: str = "crop") -> None:
+    """Writes both models; `view` is how the fine-tuned one sees images."""
     tiny_clip(0).save(Path("models/base/clip"), {"step": "base"})
-    tiny_clip(1).save(Path("models/finetune"), {"step": "finetune"})
+    tuned = tiny_clip(1)
+    tuned.view_mode = view
+    tuned.save(Path("models/finetune"), {"step": "finetune"})
     history = [
         {"step": step, "epoch": 1 + step // 6, "loss": 5 / step, "global": 3 / step, "tsl_image": 1 / step}
         for step in range(1, 11)

@@ -79,6 +79,22 @@ def test_a_kill_during_one_part_keeps_the_other(monkeypatch, caplog):
     assert made == ["detector", "clip", "clip", "detector", "clip"]
 
 
+def test_a_kill_while_the_state_is_removed_leaves_no_finished_part(monkeypatch):
+    remove = base.shutil.rmtree
+
+    def killed(path, *arguments, **named):
+        if path == base.STATE:
+            remove(next(base.STATE.glob("detector-*")) / "detector")
+            raise KeyboardInterrupt
+        remove(path, *arguments, **named)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(base.shutil, "rmtree", killed)
+        base.main(params(), RecordingTracker())
+    base.main(params(), RecordingTracker())
+    assert Path("models/base/detector/detector.json").is_file()
+
+
 def test_a_part_of_other_parameters_is_not_taken(monkeypatch):
     monkeypatch.setattr(pretraining, "train_scratch", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):

@@ -94,6 +94,15 @@ def test_tables_metrics_and_summary(project, capsys):
     assert "photos: 30 images" in printed and "image missing: 1" in printed and "gone  row 62" in printed
 
 
+def test_lost_images_are_counted_once_each(project):
+    with Path("photos/captions.csv").open("a") as table:
+        table.write("4.png,a twin by its id\nempty.jpg,\n,no image\n5.jpg,noise\n")
+    main(params(photos=section("photos")), NullTracker())
+    numbers = json.loads(Path("data/records/metrics.json").read_text())["datasets"]["photos"]
+    assert numbers["skipped_images"] == 3  # gone.jpg, 4.png and empty.jpg, which has two rows
+    assert numbers["skipped"] == 7
+
+
 def test_same_input_same_bytes_whatever_was_there(project):
     main(params(photos=section("photos")), NullTracker())
     names = ["photos.parquet", "photos.json", "photos_skipped.parquet"]

@@ -6,9 +6,11 @@ import json
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from small_project import params, write_models, write_scenes
 
+from fast_goal.data.records import PAIRS, write_table
 from fast_goal.errors import DataError
 from fast_goal.stages import evaluate
 
@@ -134,7 +136,7 @@ def test_without_git_history_and_boxes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     write_scenes("photos", count=4, truth=False)
-    write_models()
+    write_models(view="pad")
     Path("data/flism/photos/pairs.parquet").unlink()
     Path("models/finetune/history.jsonl").unlink()
     evaluate.main(params("evaluate.datasets=[photos]", "evaluate.pictures=0", "base.kind=pretrained"), Recorder())
@@ -142,8 +144,24 @@ def test_without_git_history_and_boxes(tmp_path, monkeypatch):
     assert "`none`" in text, "the commit"
     assert "no localisation, for want of boxes" in text
     assert "**The base is weak.**" not in text
+    assert "crop (base), pad (fine-tuned)" in text
     assert Path("models/reports/history.csv").read_text() == "step,loss\n"
     assert not list(Path("models/reports").glob("*retrieval.png"))
+
+
+def test_boxes_that_hold_no_patch_are_not_drawn(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_scenes("photos", count=4, truth=False)
+    write_models()
+    path = Path("data/flism/photos/pairs.parquet")
+    pairs = pd.read_parquet(path)
+    pairs["x2"], pairs["y2"] = pairs["x1"] + 1, pairs["y1"] + 1
+    write_table(path, pairs, PAIRS)
+    evaluate.main(params("evaluate.datasets=[photos]"), Recorder())
+    found = json.loads(Path("models/reports/metrics.json").read_text())["photos"]["localisation"]
+    assert found["without_centre"] == {"base": 4, "finetuned": 4} and found["chance"]["hit@1"] == 0
+    assert not Path("models/reports/photos_localisation.png").exists()
+    assert "photos_localisation.png" not in Path("models/reports/report.md").read_text()
 
 
 def test_an_empty_split_and_a_broken_image_are_named(tmp_path, monkeypatch):

@@ -1,10 +1,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_training import RecordingTracker, params, write_project
 
+from fast_goal.data.images import View
 from fast_goal.errors import DataError
 from fast_goal.model.clip import Clip, build_scratch
 from fast_goal.stages import finetune
@@ -62,6 +65,20 @@ def test_writes_a_model_that_open_clip_loads(monkeypatch):
     assert [step for step, _ in track.curve] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
     assert track.numbers["final_loss"] == metrics["final"]["loss"] and track.inputs == ["scenes"]
     assert track.artifacts == ["history.jsonl", "metrics.json"]
+
+
+@pytest.mark.parametrize("view", ["squash", "pad"])
+def test_the_saved_model_sees_images_as_it_was_trained(view):
+    finetune.main(params(f"finetune.view={view}", "finetune.epochs=1"), RecordingTracker())
+    import open_clip
+
+    clip = Clip.load("models/finetune")
+    assert clip.view_mode == view and Clip.load("models/base/clip").view_mode == "crop"
+    _, _, preprocess = open_clip.create_model_and_transforms("local-dir:models/finetune")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 45, 3), dtype=np.uint8))
+    expected = View(45, 20, clip.image_size, view).apply(image)
+    torch.testing.assert_close(clip.view(45, 20).apply(image), expected, atol=0, rtol=0)
+    torch.testing.assert_close(preprocess(image), expected, atol=1e-5, rtol=0)
 
 
 def test_a_killed_run_continues_and_its_history_is_whole(monkeypatch):

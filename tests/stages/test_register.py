@@ -129,6 +129,16 @@ def test_results_do_not_depend_on_the_batch(loaded):
     np.testing.assert_allclose(together[::23], alone, atol=1e-5)
 
 
+def test_missing_cells_of_any_kind_are_empty():
+    embedder = Embedder(build_scratch(TINY, 77, seed=0))
+    for missing in (None, np.nan, pd.NA, pd.NaT, "", b"", bytearray()):
+        assert len(embedder.predict(pd.DataFrame({"text": ["a"], "image": pd.Series([missing], dtype=object)}))) == 1
+        with pytest.raises(DataError, match="row 0: has neither text nor image"):
+            embedder.predict(pd.DataFrame({"text": pd.Series([missing], dtype=object)}))
+    with pytest.raises(DataError, match="row 0: image is a ndarray"):
+        embedder.predict(pd.DataFrame({"image": [np.zeros((2, 2, 3))]}))
+
+
 def test_bad_rows_are_named():
     embedder = Embedder(build_scratch(TINY, 77, seed=0))
     rows = pd.DataFrame(

@@ -85,3 +85,23 @@ def test_git_and_dvc_facts(tmp_path, monkeypatch):
     first = identity.dvc_lock()
     (tmp_path / "dvc.lock").write_text("y")
     assert first != identity.dvc_lock() != "none"
+
+
+@pytest.mark.parametrize("folder", [".", "project"])
+def test_the_lock_that_the_pipeline_rewrites_is_no_change(tmp_path, monkeypatch, folder):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / folder)
+    files = [tmp_path / folder / "dvc.lock", tmp_path / folder / "params.yaml", tmp_path / "above"]
+    for file in files:
+        file.write_text("1")
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    subprocess.run(["git", "add", *files], check=True)
+    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"], check=True)
+    files[0].write_text("2")
+    assert not identity.git_dirty()
+    for file in files[1:]:
+        file.write_text("2")
+        assert identity.git_dirty()
+        file.write_text("1")
+    files[0].unlink()
+    assert not identity.git_dirty()

@@ -1,4 +1,4 @@
-from fast_goal.tracking.model_card import comparisons, headline, metrics_table, model_card
+from fast_goal.tracking.model_card import comparisons, metrics_table, model_card
 
 INTERVAL = {"value": 2.0, "low": 1.0, "high": 3.0}
 METRICS = {
@@ -38,15 +38,6 @@ def test_table():
     assert lines[3].startswith("| scenes · long · text → image · R@5 | 20.0 | 19.0 | -1.0 |")
     assert len(lines) == 5, "without the slices"
     assert metrics_table({}) == "No metrics compare the two models."
-
-
-def test_headline():
-    assert headline(METRICS) == {
-        "scenes.long.text_to_image.R@1": 12.0,
-        "scenes.long.text_to_image.R@1.difference": 2.0,
-        "scenes.localisation.hit@1": 17.0,
-        "scenes.localisation.hit@1.difference": 2.0,
-    }
 
 
 def test_card_says_what_matters(params):

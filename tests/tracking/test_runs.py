@@ -176,6 +176,31 @@ def test_store_away_until_the_end(project, params, monkeypatch, caplog):
     assert f"the file {project / 'a.txt'}" in messages[1] and "3 metrics" in messages[1]
 
 
+def test_files_that_cannot_be_uploaded_hold_up_nothing_else(project, params, monkeypatch, caplog):
+    """Artifacts may lie in a store of their own (S3) that lacks a password, while the runs' own answers."""
+    (project / "a.txt").write_text("a")
+    monkeypatch.setattr(runs, "FLUSH_SECONDS", 60)  # what arrives does so at once, or in the end
+    tries = []
+    with caplog.at_level(logging.WARNING), step_run("finetune", params) as track:
+
+        def fail(run_id, path, *args):
+            tries.append(path)
+            raise PermissionError("no credentials")
+
+        monkeypatch.setattr(track._client, "log_artifact", fail)
+        for _ in range(5):
+            track.artifact("a.txt")
+        track.tags({"note": "here"})
+        assert the_run("finetune").data.tags["note"] == "here"
+        track.metrics({"loss": 1.0}, step=1)
+    run = the_run("finetune")
+    assert run.info.status == "FINISHED" and run.data.metrics["loss"] == 1.0
+    assert the_pipeline().info.status == "FINISHED"
+    messages = [record.getMessage() for record in caplog.records if record.name == runs.__name__]
+    assert len(messages) == 2 and all("a.txt" in message and "no credentials" in messages[0] for message in messages)
+    assert len(tries) <= 3, "a store of files that is away is not asked for each of them"
+
+
 def test_what_mlflow_refuses_is_dropped_and_said(project, params, caplog):
     with caplog.at_level(logging.WARNING), step_run("base", params) as track:
         track.params({"a": 1})

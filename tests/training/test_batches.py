@@ -188,7 +188,9 @@ def test_workers_make_the_same_batches(make_scenes, tiny_clip):
 
 def test_view_mode_reaches_images_and_boxes(make_scenes, tiny_clip):
     dataset, pairs = make_scenes()
-    squashed = PairDataset(dataset, "train", pairs, tiny_clip(), mode="squash")[[0]]
+    clip = tiny_clip()
+    clip.view_mode = "squash"
+    squashed = PairDataset(dataset, "train", pairs, clip)[[0]]
     with Image.open(dataset.path("images/0.png")) as image:
         view = View(60, 40, 32, mode="squash")
         assert torch.equal(squashed.images[0], view.apply(image))

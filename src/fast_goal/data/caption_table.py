@@ -93,7 +93,7 @@ def _csv(path: Path, text: str) -> CaptionTable:
 def _json(path: Path, text: str) -> CaptionTable:
     try:
         records = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path} is not valid JSON: {error}. One object per line belongs in a file that ends in .jsonl."
         ) from None
@@ -110,7 +110,7 @@ def _jsonl(path: Path, text: str) -> CaptionTable:
             continue
         try:
             records.append((line, json.loads(content)))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
             broken.append((line, f"not valid JSON: {error}"))
     table = _objects(path, records)
     table.bad += broken

@@ -54,10 +54,14 @@ class Subject:
 
     @property
     def skipped_share(self) -> float:
-        """Fraction of all samples that some step left out; a sample with several bad rows counts once."""
+        """Fraction of all samples that some step left out; a sample with several bad rows counts once.
+
+        What the download says of a sample that it kept, such as a caption given twice, is no loss.
+        """
         known = set(self.dataset.records["image_id"])
-        skipped = set(self.skipped["sample"])
-        return len(skipped) / max(len(known | skipped), 1)
+        kept = (self.skipped["step"] == "download") & self.skipped["sample"].isin(known)
+        lost = set(self.skipped.loc[~kept, "sample"])
+        return len(lost) / max(len(known | lost), 1)
 
 
 def inspect_images(dataset: Dataset, workers: int | None = None) -> pd.DataFrame:

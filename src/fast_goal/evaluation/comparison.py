@@ -83,7 +83,8 @@ def compare_retrieval(captions: Captions, answers: Mapping[str, Answers], ks: Se
 def compare_localisation(asked: Questions, answers: Mapping[str, Answers], ks: Sequence[int], samples: int) -> dict[str, Any]:
     """Patch localisation: hit@k of both models, their difference, and what random patches would hit.
 
-    A sentence whose box holds no patch centre (`without_centre`) is a miss, with chance 0.
+    A sentence whose box holds no patch centre (`without_centre`) is a miss, with chance 0. Both depend on the view of the
+    images: `chance` is that of the fine-tuned model, `chance_of_base` differs from it only where the views do.
     """
     base = answers["base"]
     found: dict[str, Any] = {
@@ -91,13 +92,14 @@ def compare_localisation(asked: Questions, answers: Mapping[str, Answers], ks: S
         "sentences": len(asked.regions.sentences),
         "images": len(np.unique(asked.regions.images)),
         "patches": base.patches,
-        "without_centre": int((base.patches_inside == 0).sum()),
+        "without_centre": {model: int((answers[model].patches_inside == 0).sum()) for model in MODELS},
     }
     for model in MODELS:
         found[model] = {f"hit@{k}": _percent(answers[model].first_hits <= min(k, base.patches)) for k in ks}
     hits = {model: answers[model].first_hits for model in MODELS}
     found["difference"] = _differences(hits, "hit", ks, asked.regions.images, samples, most=base.patches)
-    found["chance"] = {f"hit@{k}": 100 * _mean_chance(base.patches, base.patches_inside, k) for k in ks}
+    for name, model in (("chance", "finetuned"), ("chance_of_base", "base")):
+        found[name] = {f"hit@{k}": 100 * _mean_chance(base.patches, answers[model].patches_inside, k) for k in ks}
     return found
 
 

@@ -125,12 +125,12 @@ def questions(dataset: Dataset, split: str, pairs: pd.DataFrame | None = None) -
 
 
 @torch.inference_mode()
-def answer(clip: Clip, asked: Questions, mode: str, batch_size: int, device: torch.device, name: str = "evaluate") -> Answers:
+@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # else a GPU rounds the patch embedding to 10 bits
+def answer(clip: Clip, asked: Questions, batch_size: int, device: torch.device, name: str = "evaluate") -> Answers:
     """Embeds everything that `asked` holds.
 
     Args:
-        clip: moved to `device` and set to evaluation.
-        mode: the geometric view of the images, as `data.images.View` has it.
+        clip: moved to `device` and set to evaluation; it sees the images through its own view.
         batch_size: images, and texts, encoded at once; the results do not depend on it.
         name: of the progress lines.
 
@@ -147,13 +147,13 @@ def answer(clip: Clip, asked: Questions, mode: str, batch_size: int, device: tor
     starts = np.searchsorted(asked.regions.images, np.arange(len(asked.paths) + 1))  # the sentences of image i: [i], [i + 1]
     image_features, hits, inside = [], [], []
     with Progress(f"{name}: images", len(asked.paths), "images") as progress:
-        for first, images in _decoded(clip, asked.paths, mode, batch_size):
+        for first, images in _decoded(clip, asked.paths, batch_size):
             encoded = clip(images=images.to(device, non_blocking=True))
             image_features.append(encoded.image_features.float().cpu())
             mine = slice(starts[first], starts[first + len(images)])
             if mine.stop > mine.start:
                 rows = asked.regions.images[mine]
-                held = centres_inside(_input_boxes(clip, asked, mine, mode), clip.image_size, clip.patch_size)  # [s, N]
+                held = centres_inside(_input_boxes(clip, asked, mine), clip.image_size, clip.patch_size)  # [s, N]
                 patches = clip.project_image(encoded.image_tokens).float()  # [B, N, D]
                 similarity = torch.einsum("snd,sd->sn", patches[torch.from_numpy(rows - first)], sentences[mine].to(device))
                 hits.append(first_hits(similarity.cpu(), held).numpy())
@@ -181,19 +181,19 @@ class PatchMap(NamedTuple):
 
 
 @torch.inference_mode()
-def patch_maps(clip: Clip, asked: Questions, regions: Sequence[int], mode: str, device: torch.device) -> list[PatchMap]:
+def patch_maps(clip: Clip, asked: Questions, regions: Sequence[int], device: torch.device) -> list[PatchMap]:
     """The similarity maps of a few sentences, rows of `asked.regions`, for a picture."""
     clip.to(device).eval()
     side = clip.image_size // clip.patch_size
     maps = []
     for index in regions:
         image = open_image(asked.paths[asked.regions.images[index]])
-        view = clip.view(*image.size, mode)
+        view = clip.view(*image.size)
         tokens, _ = tokenize([asked.regions.sentences[index]], clip.context_length)
         encoded = clip(images=view.apply(image)[None].to(device), tokens=trim(tokens).to(device))
         patches = clip.project_image(encoded.image_tokens)[0].float()  # [N, D]
         similarity = patches @ encoded.text_features[0].float()
-        box = _input_boxes(clip, asked, slice(index, index + 1), mode)[0]
+        box = _input_boxes(clip, asked, slice(index, index + 1))[0]
         maps.append(PatchMap(view.pixels(image), similarity.reshape(side, side).cpu().numpy(), tuple(box.tolist())))
     return maps
 
@@ -213,13 +213,13 @@ def _embed_texts(clip: Clip, texts: list[str], batch_size: int, device: torch.de
     return features, lengths
 
 
-def _input_boxes(clip: Clip, asked: Questions, which: slice, mode: str) -> Tensor:
+def _input_boxes(clip: Clip, asked: Questions, which: slice) -> Tensor:
     """The boxes of some sentences in pixels of the model's input: [s, 4]."""
     rows = zip(asked.regions.images[which], asked.regions.boxes[which], strict=True)
-    return torch.tensor([clip.view(*asked.sizes[image].tolist(), mode).box(tuple(box.tolist())) for image, box in rows])
+    return torch.tensor([clip.view(*asked.sizes[image].tolist()).box(tuple(box.tolist())) for image, box in rows])
 
 
-def _decoded(clip: Clip, paths: list[Path], mode: str, batch_size: int) -> Iterator[tuple[int, Tensor]]:
+def _decoded(clip: Clip, paths: list[Path], batch_size: int) -> Iterator[tuple[int, Tensor]]:
     """The first row and the pixels [B, 3, S, S] of each batch, decoded by threads ahead of the one who asks."""
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         waiting: deque = deque()
@@ -227,7 +227,7 @@ def _decoded(clip: Clip, paths: list[Path], mode: str, batch_size: int) -> Itera
 
         def submit() -> None:
             for start in starts:
-                waiting.append((start, [pool.submit(_pixels, clip, path, mode) for path in paths[start : start + batch_size]]))
+                waiting.append((start, [pool.submit(_pixels, clip, path) for path in paths[start : start + batch_size]]))
                 return
 
         for _ in range(BATCHES_AHEAD):
@@ -239,6 +239,6 @@ def _decoded(clip: Clip, paths: list[Path], mode: str, batch_size: int) -> Itera
             yield start, images
 
 
-def _pixels(clip: Clip, path: Path, mode: str) -> Tensor:
+def _pixels(clip: Clip, path: Path) -> Tensor:
     image = open_image(path)
-    return clip.view(*image.size, mode).apply(image)
+    return clip.view(*image.size).apply(image)

@@ -35,7 +35,7 @@ class Facts:
     base_name: str
     scratch_split: str  # whose short captions a scratch base was trained on
     objective: Mapping[str, Any]
-    view: str
+    views: Mapping[str, str]  # model -> how it sees images: crop, squash, pad
     split: str
     device: str
     bootstrap_samples: int
@@ -183,14 +183,21 @@ def _localisation_notes(found: Mapping[str, Any]) -> list[str]:
         lines.append(
             "agreement with FLISM's own pairs, not ground truth: the base chose these boxes for these sentences itself."
         )
-    if found["without_centre"]:
-        lines.append(
-            f"{found['without_centre']:,} of {found['sentences']:,} boxes are too small, or too far out of the model's view, "
-            "to hold the centre of a patch; they are misses for both models, and chance is 0 there."
-        )
+    for count, models in _by_value(found["without_centre"]).items():
+        if count:
+            lines.append(
+                f"{count:,} of {found['sentences']:,} boxes are too small, or too far out of the view of {_who(models)}, to "
+                "hold the centre of a patch; they are misses, and chance is 0 there."
+            )
     key = next(iter(found["chance"]))
-    if found["chance"][key] > 0:
-        times = {model: found[model][key] / found["chance"][key] for model in MODELS}
+    chances = {"base": found["chance_of_base"][key], "finetuned": found["chance"][key]}
+    if chances["base"] != chances["finetuned"]:
+        lines.append(
+            "the two models see the images through different views, so that chance differs too: "
+            f"{chances['base']:.1f} % for the base, {chances['finetuned']:.1f} % (shown) for the fine-tuned model at {key}."
+        )
+    if min(chances.values()) > 0:
+        times = {model: found[model][key] / chances[model] for model in MODELS}
         lines.append(
             f"{key} is {times['base']:.1f} times chance for the base, {times['finetuned']:.1f} times for the fine-tuned model."
         )

@@ -12,7 +12,6 @@ Boxes are float xyxy in pixels of the image given, x2 and y2 exclusive. `D` dete
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import os
 import shutil
@@ -31,7 +30,7 @@ from fast_goal.data.records import Dataset
 from fast_goal.environment import ULTRALYTICS_FOLDER, prepare
 from fast_goal.environment import device as default_device
 from fast_goal.errors import ConfigError, DataError, ModelError
-from fast_goal.files import digest, read_json, tree_digest, write_json
+from fast_goal.files import digest, file_digest, read_json, tree_digest, write_json
 from fast_goal.flism.regions import Detections
 from fast_goal.progress import Progress
 
@@ -126,7 +125,7 @@ def obtain_detector(config: DetectorConfig, folder: Path | str) -> dict[str, Any
     from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
 
     source = Path(config.weights)
-    if source.suffix == ".pt":
+    if source.suffix.lower() == ".pt":
         official = not source.exists() and config.weights in GITHUB_ASSETS_NAMES
         if official:
             source = _download(config.weights)
@@ -147,6 +146,11 @@ def obtain_detector(config: DetectorConfig, folder: Path | str) -> dict[str, Any
         )
     else:
         format_name = AutoBackend._model_type(str(source))
+        if format_name == "pt":  # `.pt` in the middle of the name; ultralytics would open it as a pickle
+            raise ConfigError(
+                f"base.detector.weights = {config.weights!r} would be opened as a pickle, which runs whatever code it holds. "
+                "If you trust its origin, rename it so that it ends in .pt and set base.detector.trust_pickle=true."
+            )
         if format_name not in AutoBackend._BACKEND_MAP:
             raise ConfigError(
                 f"base.detector.weights = {config.weights!r} is not in a format that ultralytics runs. An architecture (.yaml) "
@@ -430,10 +434,7 @@ def _info(
 
 
 def _sha256(path: Path) -> str:
-    if path.is_dir():
-        return tree_digest(path, length=64)
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return tree_digest(path, length=64) if path.is_dir() else file_digest(path, length=64)
 
 
 def _runs_folder() -> str:

@@ -43,6 +43,7 @@ from fast_goal.progress import Progress
 WORKERS = min(8, os.cpu_count() or 1)
 BATCH_PIXELS = 200_000_000  # decoded at once for the detector (600 MB): a batch of large photographs is cut short
 REMEMBERED_SENTENCES = 50_000  # embeddings kept for sentences that come again
+FILE_REASONS = ("unreadable image", "changed image")  # of a skipped image: its file may be mended
 # what the result depends on beside the data, the models and the settings; a change of it must not meet an old cache
 SOURCES = ("flism/*.py", "model/*.py", "data/images.py", "data/captions.py")
 
@@ -113,15 +114,21 @@ def extract(
     """Regions and local pairs of the records of `config.splits`.
 
     `clip` and `detector` must be on `device`. Finished shards are kept in `cache`/<key>/, where the key covers
-    everything the result depends on: a run that was killed goes on, and a finished one is only read. The result does
-    not depend on `batch_size` and `shard_size`. An image that cannot be read, has no sentence or has no region is a row
+    everything the result depends on: a run that was killed goes on, and a finished one is only read; but a shard with
+    an image that could not be used and now can be is made again. The result does not depend on `batch_size` and
+    `shard_size`. An image that cannot be read, has no sentence or has no region is a row
     in `skipped`. Raises ConfigError where `regions = detector` meets no detector, DataError where no pair results.
     """
     if detector is None and config.regions == "detector":
         raise ConfigError("flism.regions = 'detector' needs a detector: set base.detector.kind, or flism.regions=spatial")
     records = flism_records(dataset, config.splits)
     store = ShardStore(Path(cache) / _key(dataset, clip, detector, config))
-    shards = store.load()
+    shards = []
+    for shard in store.load():
+        if _files_changed(dataset, records, shard):
+            store.discard(shard)
+        else:
+            shards.append(shard)
     finished = {position for shard in shards for position in shard.positions}
     waiting = [position for position in range(len(records)) if position not in finished]
     notes = {"resumed": len(finished)} if finished else {}
@@ -189,12 +196,21 @@ def _decode(item: _Item) -> _Item:
     try:
         item.image = open_image(item.path)
     except DataError as error:
-        item.problem = ("unreadable image", str(error))
+        item.problem = (FILE_REASONS[0], str(error))
         return item
     if item.image.size != item.size:
-        item.problem = ("changed image", f"{item.path} is {item.image.size}, the records say {item.size}: run `download` again")
+        item.problem = (FILE_REASONS[1], f"{item.path} is {item.image.size}, the records say {item.size}: run `download` again")
         item.image = None
     return item
+
+
+def _files_changed(dataset: Dataset, records: pd.DataFrame, shard: Shard) -> bool:
+    """Whether an image that the shard skipped for its file would no longer be, as after a disk was mounted again: the
+    digest of the records, which names the cache, does not show that."""
+    skipped = shard.tables["skipped"]
+    samples = set(skipped.loc[skipped["reason"].isin(FILE_REASONS), "sample"])
+    rows = records.iloc[shard.positions]
+    return any(_decode(_item(dataset, row)).problem is None for row in rows[rows["image_id"].isin(samples)].itertuples())
 
 
 def _detect(items: Iterable[_Item], detector: RegionDetector | None, config: FlismConfig) -> Iterator[_Item]:

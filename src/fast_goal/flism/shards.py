@@ -46,21 +46,29 @@ class ShardStore:
                 mark.unlink(missing_ok=True)
         return shards
 
+    def discard(self, shard: Shard) -> None:
+        """Makes a shard unfinished again."""
+        self._mark(shard.positions).unlink(missing_ok=True)
+
     def save(self, positions: list[int], rows: dict[str, list[dict[str, Any]]], counts: dict[str, float]) -> Shard:
         """Writes a shard, its mark last, and returns it. Raises DataError where it cannot be written (disk full)."""
-        stem = f"shard-{positions[0]:08d}"
+        mark = self._mark(positions)
+        stem = mark.stem
         try:
             tables = {}
             for name, schema in SCHEMAS.items():
                 write_table(self._table(stem, name), rows[name], schema)
                 tables[name] = read_table(self._table(stem, name), schema)
-            write_json(self.folder / f"{stem}.json", {"positions": positions, "counts": counts})
+            write_json(mark, {"positions": positions, "counts": counts})
         except OSError as error:
             raise DataError(
                 f"{self.folder / stem}: cannot be written ({error.strerror or error}). Free some space and run the step again: "
                 "it goes on after the last finished shard."
             ) from error
         return Shard(positions, tables, counts)
+
+    def _mark(self, positions: list[int]) -> Path:
+        return self.folder / f"shard-{positions[0]:08d}.json"
 
     def _table(self, stem: str, name: str) -> Path:
         return self.folder / f"{stem}.{name}.parquet"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import glob
 import os
 import shutil
 from pathlib import Path
@@ -115,11 +116,11 @@ class Clip(nn.Module):
         """tokens [B, L] -> [B, D], L2-normalised."""
         return self(tokens=tokens).text_features
 
-    def view(self, width: int, height: int, mode: str | None = None) -> View:
-        """How an image of width x height pixels becomes this model's input; mode None is the model's own, `view_mode`."""
+    def view(self, width: int, height: int) -> View:
+        """How an image of width x height pixels becomes this model's input."""
         from fast_goal.data.images import View
 
-        return View(width, height, size=self.image_size, mode=mode or self.view_mode, mean=self.mean, std=self.std)
+        return View(width, height, size=self.image_size, mode=self.view_mode, mean=self.mean, std=self.std)
 
     def stretched(self, context_length: int, keep: int = 20) -> Clip:
         """A copy of this model that reads texts of `context_length` tokens (see `stretch_positions`)."""
@@ -142,7 +143,9 @@ class Clip(nn.Module):
         folder = Path(folder)
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.*"):  # of a killed save
+            if leftover.suffix in (".tmp", ".old"):
+                shutil.rmtree(leftover, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
             write_json(temporary / CONFIG_FILE, {"model_cfg": self.config, "preprocess_cfg": self._preprocess()})

@@ -31,7 +31,6 @@ def main(params: Params, track: Tracker) -> None:
 
     begin = time.perf_counter()
     dataset = load_dataset(params.download.train_dataset)
-    track.params(to_dict(params.base))
     track.input(dataset, "training")
     config = to_dict(params.base)
     inputs = {"dataset": dataset.digest, "seed": params.seed}
@@ -49,6 +48,8 @@ def main(params: Params, track: Tracker) -> None:
     shutil.copytree(detector, OUTPUT / "detector")
     metrics = {**clip_metrics, "detector": detector_metrics, "seconds": time.perf_counter() - begin}
     write_json(OUTPUT / "metrics.json", metrics)
+    for mark in STATE.glob("*/metrics.json"):  # first: a kill halfway must not leave half a part that seems finished
+        mark.unlink()
     shutil.rmtree(STATE)
     flat = {**metrics, **{f"detector_{name}": value for name, value in detector_metrics.items()}}
     track.metrics(measured(flat))

@@ -64,7 +64,7 @@ def main(params: Params, track: Tracker) -> None:
 
 
 def facts(loaded: Loaded) -> dict[str, Any]:
-    """Counts of a data set: images, per split, skipped rows (of which images lost), words of the captions."""
+    """Counts of a data set: images, per split, skipped rows, images lost (skipped_images), words of the captions."""
     kept = {row["image_id"] for row in loaded.rows}
     long_words = [len(row["long_caption"].split()) for row in loaded.rows if row["long_caption"]]
     short_words = [len(caption.split()) for row in loaded.rows for caption in row["captions"]]
@@ -78,7 +78,7 @@ def facts(loaded: Loaded) -> dict[str, Any]:
         "mean_words_long": round(sum(long_words) / len(long_words), 2) if long_words else 0.0,
         "mean_words_short": round(sum(short_words) / len(short_words), 2) if short_words else 0.0,
         "skipped": len(loaded.skipped),
-        "skipped_images": sum(row["sample"] not in kept for row in loaded.skipped),
+        "skipped_images": len({row["sample"] for row in loaded.skipped} - kept - {""}),
         "skipped_by_reason": dict(sorted(reasons.items())),
     }
 

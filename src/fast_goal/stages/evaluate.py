@@ -57,7 +57,7 @@ def main(params: Params, track: Tracker) -> None:
         track.input(dataset, "evaluation")
         asked = embedding.questions(dataset, config.split, _pairs(name))
         answers = {
-            model: embedding.answer(clip, asked, params.finetune.view, config.batch_size, device, f"evaluate {name}, {model}")
+            model: embedding.answer(clip, asked, config.batch_size, device, f"evaluate {name}, {model}")
             for model, clip in clips.items()
         }
         metrics[name] = comparison.compare(asked, answers, config.ks, config.patch_ks, config.bootstrap_samples)
@@ -72,7 +72,7 @@ def main(params: Params, track: Tracker) -> None:
     _write_csv(OUTPUT / "recall.csv", recall, ["dataset", "captions", "direction", "k", "model", "recall"])
     _write_csv(OUTPUT / "history.csv", [row for row in history if "loss" in row], ["step", "loss"])
     seconds = time.monotonic() - begin
-    write_report(OUTPUT, metrics, _facts(params, clips["base"].name, device, seconds), drawn)
+    write_report(OUTPUT, metrics, _facts(params, clips, device, seconds), drawn)
     write_json(OUTPUT / "metrics.json", {**metrics, "seconds": seconds})
 
     track.metrics(comparison.flatten({**metrics, "seconds": seconds}))
@@ -120,8 +120,7 @@ def _draw(
     if "localisation" in metrics:
         pictures.draw_hits(metrics["localisation"], config.patch_ks, name, OUTPUT / f"{name}_hits.png")
         add("hits", f"How often one of the k patches most similar to a sentence lies in its box, on {name}.")
-        if config.pictures:
-            examples = _localisations(asked, answers, clips, config.pictures, params.finetune.view, device)
+        if config.pictures and (examples := _localisations(asked, answers, clips, config.pictures, device)):
             pictures.draw_localisations(examples, OUTPUT / f"{name}_localisation.png")
             add(
                 "localisation",
@@ -163,19 +162,19 @@ def _retrievals(asked: Questions, answers: Mapping[str, Answers], count: int) ->
 
 
 def _localisations(
-    asked: Questions, answers: Mapping[str, Answers], clips: Mapping[str, Clip], count: int, view: str, device: torch.device
+    asked: Questions, answers: Mapping[str, Answers], clips: Mapping[str, Clip], count: int, device: torch.device
 ) -> list[Any]:
-    """Sentences drawn at random, of different images while there are enough, whose box a model can see."""
+    """Sentences drawn at random, of different images, whose box every model can see."""
     import numpy as np
 
     from fast_goal.evaluation.embedding import patch_maps
     from fast_goal.evaluation.pictures import Localisation
 
-    visible = np.flatnonzero(answers["base"].patches_inside > 0)
+    visible = np.flatnonzero(np.all([answer.patches_inside > 0 for answer in answers.values()], axis=0))
     drawn = np.random.default_rng(PICTURE_SEED).permutation(visible)
     _, first = np.unique(asked.regions.images[drawn], return_index=True)
     chosen = drawn[np.sort(first)][:count].tolist()
-    maps = {model: patch_maps(clip, asked, chosen, view, device) for model, clip in clips.items()}
+    maps = {model: patch_maps(clip, asked, chosen, device) for model, clip in clips.items()}
     return [
         Localisation(
             sentence=asked.regions.sentences[row],
@@ -199,7 +198,7 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[
     write_text(path, frame.to_csv(index=False))
 
 
-def _facts(params: Params, base_name: str, device: torch.device, seconds: float) -> Any:
+def _facts(params: Params, clips: Mapping[str, Clip], device: torch.device, seconds: float) -> Any:
     from fast_goal.evaluation.report import Facts
     from fast_goal.tracking.identity import git_commit, git_dirty
 
@@ -211,10 +210,10 @@ def _facts(params: Params, base_name: str, device: torch.device, seconds: float)
         commit=commit if commit == "none" else commit[:9] + ("+changes" if git_dirty() else ""),
         params_digest=digest(to_dict(params)),
         base_kind=params.base.kind,
-        base_name=base_name,
+        base_name=clips["base"].name,
         scratch_split=params.base.scratch.split,
         objective=params.objective,
-        view=params.finetune.view,
+        views={model: clip.view_mode for model, clip in clips.items()},
         split=params.evaluate.split,
         device=str(device),
         bootstrap_samples=params.evaluate.bootstrap_samples,

@@ -50,7 +50,6 @@ def main(params: Params, track: Tracker) -> None:
     clip = Clip.load(BASE)
     base_digest = tree_digest(BASE, keep=lambda path: path.name != INFO_FILE)
     settings = to_dict(params.finetune)
-    track.params({"finetune": settings, "objective": params.objective, "seed": params.seed})
     track.input(dataset, "training")
     key = digest(
         {
@@ -117,7 +116,7 @@ def validation(dataset: Dataset, params: Params, device: torch.device) -> Callab
     asked = dataclasses.replace(asked, short=Captions([], asked.short.images[:0]))
 
     def measure(clip: Clip, epoch: int) -> dict[str, float]:
-        found = answer(clip, asked, params.finetune.view, params.evaluate.batch_size, device, name=f"validation {epoch}")
+        found = answer(clip, asked, params.evaluate.batch_size, device, name=f"validation {epoch}")
         texts = found.text_features[found.rows(asked.long.texts)]
         recall = recall_at_k(found.image_features, texts, torch.from_numpy(asked.long.images), ks=[1])
         return {f"val_{direction}_R@1": values[1] for direction, values in recall.items()}

@@ -28,7 +28,7 @@ def main(params: Params, track: Tracker) -> None:
     report or the data sets' descriptions are missing.
     """
     from fast_goal.tracking import identity
-    from fast_goal.tracking.model_card import headline, model_card
+    from fast_goal.tracking.model_card import model_card
     from fast_goal.tracking.registry import model_digest, register
 
     digest = model_digest(MODEL)
@@ -48,7 +48,6 @@ def main(params: Params, track: Tracker) -> None:
 
     write_text(OUTPUT / "model_card.md", card)
     write_json(OUTPUT / "registration.json", asdict(registration))
-    track.headline(headline(metrics))
     track.tags({**tags, "model_digest": digest, "model_version": registration.version})
     track.artifact(OUTPUT / "model_card.md")
     was = "registered" if is_new else "was registered before"

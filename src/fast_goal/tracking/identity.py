@@ -81,8 +81,11 @@ def git_commit() -> str:
 
 
 def git_dirty() -> bool:
-    """Whether the working tree differs from the commit, apart from files git does not know."""
-    return bool(_git("status", "--porcelain", "--untracked-files=no"))
+    """Whether the working tree differs from the commit, apart from files git does not know.
+
+    The project's dvc.lock does not count: the pipeline itself rewrites it, step by step, and its hash is recorded anyway.
+    """
+    return bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(exclude)dvc.lock"))
 
 
 def dvc_lock() -> str:

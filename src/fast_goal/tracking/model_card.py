@@ -66,19 +66,6 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Fine-tuned value, and difference to the base, of each metric at k = 1, named for MLflow."""
-    found: dict[str, float] = {}
-    for row in comparisons(metrics):
-        parts = row.name.split(" · ")
-        if parts[-1].endswith("@1") and "slices" not in parts:
-            words = {text: key for key, text in NAMES.items()}
-            name = ".".join(words.get(part, part) for part in parts)
-            found[name] = row.finetuned
-            found[f"{name}.difference"] = row.difference
-    return found
-
-
 def model_card(
     params: Params, datasets: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], tags: Mapping[str, str]
 ) -> str:

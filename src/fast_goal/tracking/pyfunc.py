@@ -122,10 +122,12 @@ def _read(values: dict[str, Any]) -> str | Image.Image:
 
 
 def _is_missing(value: Any) -> bool:
-    """None, NaN, and the blank cell of a table."""
+    """None, NaN, pandas' NA, and the blank cell of a table."""
+    import pandas as pd
+
     if isinstance(value, str):
         return not value.strip()
-    return value is None or value != value or value == b""
+    return value == b"" if isinstance(value, bytes | bytearray) else pd.api.types.is_scalar(value) and bool(pd.isna(value))
 
 
 def _decode(value: Any) -> Image.Image:

@@ -84,6 +84,8 @@ class MlflowTracker:
         self._client = client
         self._metrics: list[tuple[str, Metric]] = []  # (run id, metric), in order
         self._calls: list[_Call] = []
+        self._files: list[_Call] = []  # apart: artifacts may lie in a store of their own, which may be away by itself
+        self._files_again = 0.0  # when to try them again
         self._refused: list[str] = []
         self._away = self._warned = False
         self._lock = threading.Lock()  # of the lists
@@ -109,7 +111,7 @@ class MlflowTracker:
         if not path.exists():
             raise FileNotFoundError(f"{path} is to be tracked as an artifact but does not exist")
         send = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
-        self._call(f"the file {path}", lambda: send(self._run, str(path), folder or None))
+        self._call(f"the file {path}", lambda: send(self._run, str(path), folder or None), self._files)
 
     def tags(self, values: Mapping[str, Any]) -> None:
         from mlflow.entities import RunTag
@@ -145,7 +147,7 @@ class MlflowTracker:
         self._send()
         self._call("the end of the run", lambda: self._client.set_terminated(self._run, status))
         self._call("the end of the pipeline's run", lambda: self._close_pipeline(status))
-        self._send()
+        self._send(last=True)
         self._name_what_is_left()
 
     def _close_pipeline(self, status: str) -> None:
@@ -176,10 +178,10 @@ class MlflowTracker:
         with self._lock:
             self._metrics += made
 
-    def _call(self, what: str, do: Callable[[], object]) -> None:
+    def _call(self, what: str, do: Callable[[], object], queue: list[_Call] | None = None) -> None:
         """Does it now, or, while the store is away, keeps it for later."""
         with self._lock:
-            self._calls.append(_Call(what, do))
+            (self._calls if queue is None else queue).append(_Call(what, do))
         if not self._away:
             self._send()
 
@@ -189,21 +191,25 @@ class MlflowTracker:
             self._send()
             pause = min(2 * pause, RETRY_SECONDS) if self._away else self._flush_seconds
 
-    def _send(self) -> None:
+    def _send(self, last: bool = False) -> None:
         """Hands over everything there is, in order; stops at the first sign that the store is away."""
         with self._sending:
-            self._away = not (self._send_calls() and self._send_metrics())
+            self._away = not (self._send_calls(self._calls) and self._send_metrics())
+            if self._away or (time.monotonic() < self._files_again and not last):
+                return
+            if not self._send_calls(self._files):
+                self._files_again = time.monotonic() + RETRY_SECONDS
 
-    def _send_calls(self) -> bool:
+    def _send_calls(self, queue: list[_Call]) -> bool:
         while True:
             with self._lock:
-                if not self._calls:
+                if not queue:
                     return True
-                call = self._calls[0]
+                call = queue[0]
             if not self._try(call.what, call.do):
                 return False
             with self._lock:
-                del self._calls[0]
+                del queue[0]
 
     def _send_metrics(self) -> bool:
         while True:
@@ -234,8 +240,8 @@ class MlflowTracker:
                 return True
             if not self._warned:
                 log.warning(
-                    "MLFLOW_TRACKING_URI = %s cannot be reached (%s: %s). The work goes on; what is to be recorded is kept "
-                    "and tried again.",
+                    "MLFLOW_TRACKING_URI = %s, or its artifact store, cannot be reached (%s: %s). The work goes on; what is to "
+                    "be recorded is kept and tried again.",
                     tracking_uri(),
                     what,
                     reason,
@@ -245,13 +251,14 @@ class MlflowTracker:
         return True
 
     def _name_what_is_left(self) -> None:
-        if not self._calls and not self._metrics:
+        if not self._calls and not self._files and not self._metrics:
             return
-        left = [call.what for call in self._calls if call.what != "parameters"]
+        left = [call.what for call in [*self._calls, *self._files] if call.what != "parameters"]
         if self._metrics:
             left.append(f"{len(self._metrics)} metrics")
         log.warning(
-            "Not recorded in MLflow, because %s could not be reached: %s. The step's own outputs are complete.",
+            "Not recorded in MLflow, because %s, or its artifact store, could not be reached: %s. The step's own outputs are "
+            "complete.",
             tracking_uri(),
             "; ".join(left) or "parameters",
         )

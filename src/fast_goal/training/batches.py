@@ -51,16 +51,14 @@ class Batch:
 
 
 class PairDataset(TorchDataset):
-    """The samples of one split; `samples[indices]` is a Batch.
+    """The samples of one split, through the view of `clip`; `samples[indices]` is a Batch.
 
     Texts are tokenised and boxes and spans computed once, here; images are decoded when a batch is made. A sample without
     a local pair contributes its global image and caption only; with `local` False no sample has one. `counts` says how
     many samples are affected by what.
     """
 
-    def __init__(
-        self, dataset: Dataset, split: str, pairs: pd.DataFrame | None, clip: Clip, mode: str = "crop", local: bool = True
-    ):
+    def __init__(self, dataset: Dataset, split: str, pairs: pd.DataFrame | None, clip: Clip, local: bool = True):
         records = dataset.split(split)
         described = records[records["long_caption"].str.strip() != ""]
         if described.empty:
@@ -73,7 +71,7 @@ class PairDataset(TorchDataset):
             )
         # Only what a batch needs: the workers get a copy. Absolute, because they may start in another folder.
         self._paths = [dataset.path(path).absolute() for path in described["image_path"]]
-        self._view = clip.view(1, 1, mode)
+        self._view = clip.view(1, 1)
         self._sizes = list(zip(described["width"].tolist(), described["height"].tolist(), strict=True))
         long_tokens, lengths = tokenize(described["long_caption"].tolist(), clip.context_length)
         self._long_tokens = trim(long_tokens).int()

@@ -49,6 +49,8 @@ def finetune(
 ) -> dict[str, Any]:
     """Trains `clip` in place on one split and returns a summary; the last epoch's weights are the result.
 
+    `config.view` becomes the model's own view, so that whoever uses it shows it images as the training did.
+
     A state at `state_path` with the key `state_key` is continued. `on_step(step, record)` gets a record every
     `config.log_every` steps and at the end of each epoch: step and epoch from 1, loss, every term, learning_rate,
     samples_per_second, logit_scale; on a resume it gets the former ones first. `on_epoch(clip, epoch)` may measure the
@@ -58,7 +60,8 @@ def finetune(
     Raises DataError for an image that cannot be read, FastGoalError when the loss is not finite or the disk is full.
     """
     started = time.perf_counter()
-    samples = PairDataset(dataset, split, pairs, clip, config.view, local=objective.needs_local)
+    clip.view_mode = config.view
+    samples = PairDataset(dataset, split, pairs, clip, local=objective.needs_local)
     loader = Loader(samples, config.batch_size, seed, config.workers, pin_memory=device.type == "cuda")
     total = config.epochs * loader.steps
     dtype = autocast_dtype(config.precision, device)

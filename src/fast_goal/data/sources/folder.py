@@ -22,7 +22,7 @@ from fast_goal.data.caption_table import CaptionTable, read_caption_table
 from fast_goal.data.images import SUFFIXES, open_image
 from fast_goal.data.sources import Loaded, source
 from fast_goal.errors import ConfigError, DataError
-from fast_goal.files import write_json
+from fast_goal.files import file_digest, write_json
 from fast_goal.progress import Progress
 
 SPLITS = ("train", "val", "test")
@@ -87,6 +87,8 @@ class _Skipped(list):
     """The rows of the table `skipped`."""
 
     def note(self, sample: str, row: int, reason: str, detail: str = "") -> None:
+        # a file's name may be no UTF-8, which no table can hold
+        sample = sample.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         self.append({"sample": sample, "row": row, "step": "download", "reason": reason, "detail": detail})
 
 
@@ -248,9 +250,8 @@ def _unique_ids(samples: Iterable[_Sample], skipped: _Skipped) -> Iterator[_Samp
         if other is sample:
             yield sample
         else:
-            skipped.note(
-                sample.image_id, sample.row, "duplicate id", f"{sample.path}: the id belongs to {other.path} (row {other.row})"
-            )
+            detail = f"the id {sample.image_id!r} belongs to {other.path} (row {other.row})"
+            skipped.note(sample.path, sample.row, "duplicate id", detail)
 
 
 def _checked(samples: list[_Sample], root: Path, name: str, skipped: _Skipped) -> Iterator[dict[str, Any]]:
@@ -284,8 +285,7 @@ def _inspect(path: Path) -> tuple[str, str] | tuple[int, int, str]:
         if not path.is_file():
             return "image missing", f"{path} does not exist"
         width, height = open_image(path).size
-        with path.open("rb") as stream:
-            return width, height, hashlib.file_digest(stream, "sha256").hexdigest()
+        return width, height, file_digest(path, length=64)
     except DataError as error:
         return "unreadable image", str(error)
     except (OSError, ValueError) as error:  # a name too long or with odd characters, no permission, a failing disk
