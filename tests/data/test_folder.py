@@ -237,8 +237,8 @@ class TestSkipped:
             ("images/good.png", 13, "duplicate id"),
             ("ab", 17, "image missing"),
             ("n" * 300, 18, "unreadable image"),
-            ("images/nobody.jpg", -1, "no caption"),
-            ("images/sub/nobody.PNG", -1, "no caption"),
+            ("images/nobody.jpg", -1, "not in the table"),
+            ("images/sub/nobody.PNG", -1, "not in the table"),
         }
         assert {row["step"] for row in loaded.skipped} == {"download"}
         detail = {row["sample"]: row["detail"] for row in loaded.skipped}
@@ -279,7 +279,7 @@ class TestSkipped:
         photos.csv([["1.jpg", "a dog"]])
         with open(os.fsencode(photos.root / "images") + b"/caf\xe9.jpg", "wb") as stream:  # noqa: PTH123 (a name that is not UTF-8)
             stream.write(b"x")
-        assert reasons(photos.load()) == [("images/caf\ufffd.jpg", -1, "no caption")]
+        assert reasons(photos.load()) == [("images/caf\ufffd.jpg", -1, "not in the table")]
 
     def test_nothing_left(self, photos):
         photos.csv([["a.jpg", "x"], ["b.jpg", "y"]])

@@ -7,6 +7,7 @@ import pytest
 from tiny_dataset import change, make_subject, with_records
 
 from fast_goal.data.quality import inspect_images, pairs_table, records_table, regions_table
+from fast_goal.data.records import UNNAMED
 
 
 @pytest.fixture
@@ -111,6 +112,11 @@ def test_skipped_share_counts_a_sample_once(subject):
 
 def test_an_image_that_lost_only_a_caption_is_not_skipped(subject):
     skipped = pd.concat([subject.skipped, subject.skipped.assign(sample="a0", reason="duplicate caption")])
+    assert replace(subject, skipped=skipped).skipped_share == pytest.approx(1 / 7)
+
+
+def test_a_file_that_no_caption_names_is_not_lost(subject):
+    skipped = pd.concat([subject.skipped, subject.skipped.assign(sample="images/other.jpg", reason=UNNAMED)])
     assert replace(subject, skipped=skipped).skipped_share == pytest.approx(1 / 7)
 
 

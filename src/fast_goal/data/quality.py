@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from fast_goal.data.images import open_image
-from fast_goal.data.records import Dataset
+from fast_goal.data.records import UNNAMED, Dataset
 from fast_goal.errors import DataError
 from fast_goal.progress import Progress
 
@@ -56,10 +56,11 @@ class Subject:
     def skipped_share(self) -> float:
         """Fraction of all samples that some step left out; a sample with several bad rows counts once.
 
-        What the download says of a sample that it kept, such as a caption given twice, is no loss.
+        What the download says of a sample that it kept, such as a caption given twice, is no loss; nor is a file in the
+        folder that the table of captions does not name.
         """
         known = set(self.dataset.records["image_id"])
-        kept = (self.skipped["step"] == "download") & self.skipped["sample"].isin(known)
+        kept = (self.skipped["step"] == "download") & self.skipped["sample"].isin(known) | (self.skipped["reason"] == UNNAMED)
         lost = set(self.skipped.loc[~kept, "sample"])
         return len(lost) / max(len(known | lost), 1)
 

@@ -20,6 +20,7 @@ from typing import Any
 from fast_goal.config import number
 from fast_goal.data.caption_table import CaptionTable, read_caption_table
 from fast_goal.data.images import SUFFIXES, open_image
+from fast_goal.data.records import UNNAMED
 from fast_goal.data.sources import Loaded, source
 from fast_goal.errors import ConfigError, DataError
 from fast_goal.files import file_digest, write_json
@@ -118,7 +119,7 @@ def load(config: FolderConfig, name: str, folder: Path) -> Loaded:
     samples = list(_unique_ids(samples, skipped))
     rows = list(_checked(samples, root, name, skipped))
     for path in _unnamed(root, config.images, named):
-        skipped.note(path, -1, "no caption", "no row of the table names this image")
+        skipped.note(path, -1, UNNAMED, "no row of the table names this image")
     if not rows:
         raise DataError(f"{where}: none of the images can be used. {_reasons(skipped)}")
     notes = _assign_splits(rows, config)
