@@ -68,7 +68,7 @@ def project(tmp_path, monkeypatch):
 
 
 def params(*overrides) -> Params:
-    return build(Params, compose(list(overrides)), "params.yaml")
+    return build(Params, compose(["flism.splits=[train,val,test]", *overrides]), "params.yaml")
 
 
 def test_the_step_writes_its_outputs(project):

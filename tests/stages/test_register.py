@@ -212,7 +212,6 @@ def test_the_whole_step_through_run(registration, project):
     [run] = client.search_runs([experiment], "tags.step = 'register'")
     assert made["run_id"] == run.info.run_id and run.info.status == "FINISHED"
     assert run.data.params["register.model_name"] == "other" and run.data.params["seed"] == "0"
-    assert run.data.metrics["scenes.long.R_at_1.difference"] == 2.0
     assert run.data.tags["model_version"] == "1"
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["model_card.md"]
 
