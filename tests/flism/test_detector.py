@@ -311,3 +311,16 @@ def test_ultralytics_stays_quiet_and_alone(trained):
     assert not any(settings[name] for name in ("sync", "mlflow", "dvc", "comet", "clearml"))
     assert not ONLINE
     assert not AUTOINSTALL
+
+
+def test_ultralytics_leaves_torch_its_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        prepare_ultralytics()
+        from ultralytics.utils.torch_utils import select_device
+
+        select_device("cpu", verbose=False)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)

@@ -239,8 +239,10 @@ def prepare_ultralytics() -> None:
     Path(os.environ["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
     import torchvision  # noqa: F401  ultralytics uses its non-maximum suppression only if it is imported already
     from ultralytics import settings
-    from ultralytics.utils import LOGGER
+    from ultralytics.utils import LOGGER, torch_utils
 
+    # On a CPU it would set torch to one thread fewer than there are cores, for all that the process does after it.
+    torch_utils.NUM_THREADS = torch.get_num_threads()
     # it replaces Pillow's `open` by one that, for a file that is no image, tries to install a package
     Image.open = pillow_open
     LOGGER.setLevel(logging.ERROR)

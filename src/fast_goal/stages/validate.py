@@ -37,7 +37,7 @@ def main(params: Params, track: Tracker) -> None:
     names = [training.name, *(name for name in params.download.datasets if name != training.name)]
     subjects = [_subject(params, name) for name in names]
     suites = [suite for subject in subjects for suite in _suites(params, subject, training)]
-    outcomes = check(suites, OUTPUT / "data_docs", run_name=params.experiment)
+    outcomes = check(suites, OUTPUT / "data_docs", run_name=params.download.train_dataset)
     _write_card(subjects)
 
     numbers = _numbers(outcomes, subjects)
