@@ -50,9 +50,9 @@ def main() -> None:
     clone = prepare(work)
     rows = []
     for seed in arguments.seeds:
-        arms = dict(ARMS)
-        for arm, overrides in arms.items():
+        for arm, overrides in ARMS.items():
             rows += measure(clone, arm, seed, overrides)
+            write(arguments.output, rows, commit(clone))
         epochs = equal_compute_epochs(rows, seed)
         rows += measure(clone, EQUAL_COMPUTE, seed, [*ARMS["global"], f"finetune.epochs={epochs}"])
         write(arguments.output, rows, commit(clone))
