@@ -53,6 +53,7 @@ def main() -> None:
         for arm, overrides in ARMS.items():
             rows += measure(clone, arm, seed, overrides)
             write(arguments.output, rows, commit(clone))
+    for seed in arguments.seeds:
         epochs = equal_compute_epochs(rows, seed)
         rows += measure(clone, EQUAL_COMPUTE, seed, [*ARMS["global"], f"finetune.epochs={epochs}"])
         write(arguments.output, rows, commit(clone))
