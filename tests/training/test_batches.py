@@ -1,5 +1,7 @@
 import dataclasses
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -202,3 +204,14 @@ def test_batch_moves_whole(make_scenes, tiny_clip):
     batch = PairDataset(dataset, "train", pairs, tiny_clip())[[0, 1]]
     moved = batch.to(torch.device("meta"))
     assert {field.name for field in dataclasses.fields(moved) if getattr(moved, field.name).device.type != "meta"} == set()
+
+
+def test_a_worker_ends_with_the_training_it_works_for():
+    trainer = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    code = f"from fast_goal.training.batches import _end_with; _end_with({trainer.pid}, every=0.1)"
+    worker = subprocess.Popen([sys.executable, "-c", code])
+    with pytest.raises(subprocess.TimeoutExpired):
+        worker.wait(timeout=6)  # still there, imports included
+    trainer.kill()
+    trainer.wait()
+    assert worker.wait(timeout=30) == 1

@@ -6,8 +6,12 @@ Letters: B samples of a batch, P of them with a local pair, S input size, L and 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Iterator
 
 import pandas as pd
@@ -213,7 +217,7 @@ class Loader:
             batch_size=None,  # the sampler yields whole batches
             collate_fn=_unchanged,
             num_workers=workers,
-            worker_init_fn=_start_worker,
+            worker_init_fn=functools.partial(_start_worker, os.getpid()),
             persistent_workers=workers > 0,
             multiprocessing_context=context,
             pin_memory=pin_memory,
@@ -249,5 +253,17 @@ def _unchanged(batch: Batch | DataError) -> Batch | DataError:
     return batch
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(trainer: int, worker: int) -> None:
+    """`trainer` is the process the worker decodes for. The torch watchdog looks at the fork server, which outlives it."""
     prepare()
+    threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
+
+
+def _end_with(trainer: int, every: float = 5.0) -> None:
+    """Ends this process once `trainer` is gone, so that a `kill -9` of the training leaves no workers behind."""
+    while True:
+        time.sleep(every)
+        try:
+            os.kill(trainer, 0)
+        except ProcessLookupError:
+            os._exit(1)
