@@ -4,8 +4,7 @@
 
 Every row is a real `dvc repro evaluate` in a clone of this repository's HEAD, so that the working tree stays as it is;
 steps that arms share (data, base, FLISM) are taken from DVC's cache, also those that `make repro` left there. The arm
-`global, equal compute` trains for as many more epochs as a FAST-GOAL step costs more than a global one. About 20 minutes a
-seed on two cores.
+`global, equal compute` trains for as many more epochs as a FAST-GOAL step costs more than a global one.
 """
 
 from __future__ import annotations
