@@ -6,9 +6,12 @@ Heavy libraries are imported by the steps themselves, so that `fast-goal --help`
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from fast_goal import __version__
 from fast_goal.errors import FastGoalError
@@ -18,12 +21,23 @@ STEPS = {
     "base": "Obtain the weights to start from: CLIP and the region detector.",
     "flism": "Find for every image the region and the sentence that fit best.",
     "validate": "Check records, regions and pairs with Great Expectations; write the data card.",
+    "publish": "Write the training data set with its local pairs in a layout that others can read.",
     "finetune": "Fine-tune CLIP with the objective of params.yaml.",
     "evaluate": "Measure the base and the fine-tuned model; write the report.",
     "register": "Register the fine-tuned model in MLflow.",
 }
 
+
+class _InOrder(typer.core.TyperGroup):
+    """Lists the steps in their order, which a step with commands below it would else leave."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        names = super().list_commands(ctx)
+        return [*STEPS, *(name for name in names if name not in STEPS)]
+
+
 app = typer.Typer(
+    cls=_InOrder,
     help="Fine-tune CLIP so that it understands long, detailed descriptions (FAST-GOAL).\n\n"
     "The steps read params.yaml in the current folder. `dvc repro` runs all that are out of date, in order; "
     "the sub-commands run one by hand.",
@@ -49,8 +63,41 @@ def _add_step(step: str, summary: str) -> None:
         run(step)
 
 
+def _add_flism(summary: str) -> None:
+    """The step `flism` has a command below it; without it, it runs as every other step."""
+    group = typer.Typer(
+        help=f"{summary}\n\nWithout a command: the whole step. `preview` shows what the current settings do with a few images.",
+        invoke_without_command=True,
+    )
+
+    @group.callback()
+    def step(context: typer.Context) -> None:
+        if context.invoked_subcommand is None:
+            from fast_goal.stages import run
+
+            run("flism")
+
+    @group.command("preview")
+    def preview(
+        n: Annotated[int, typer.Option("--n", "-n", min=1, help="Images, spread evenly over flism.splits.")] = 24,
+        output: Annotated[Path | None, typer.Option(help="PNG file; else .fast_goal/flism_preview.png.")] = None,
+    ) -> None:
+        """Draw a contact sheet: images with all regions, the winning region and its sentence.
+
+        Needs the steps download and base; works before and after `flism`, and writes nothing that the pipeline reads.
+        """
+        from fast_goal.stages import preview
+
+        typer.echo(preview.run(n, output))
+
+    app.add_typer(group, name="flism", rich_help_panel="Steps, in order")
+
+
 for _step, _summary in STEPS.items():
-    _add_step(_step, _summary)
+    if _step == "flism":
+        _add_flism(_summary)
+    else:
+        _add_step(_step, _summary)
 
 
 @app.command(
@@ -82,6 +129,28 @@ def configure_command(
         return
     params = configure.configure(overrides or [])
     typer.echo(f"params.yaml: experiment {params.experiment}, data set {params.download.train_dataset}. Next: dvc repro")
+
+
+class _ExportFormat(StrEnum):
+    huggingface = "huggingface"
+    onnx = "onnx"
+
+
+@app.command("export", rich_help_panel="Models")
+def export_command(
+    format: Annotated[_ExportFormat, typer.Option(help="huggingface: CLIPModel with its processors. onnx: a file a tower.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; an earlier export there is replaced.")],
+    model: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("models/finetune"),
+) -> None:
+    """Write a model for Hugging Face transformers or ONNX, and check that its embeddings stay the same.
+
+    Needs the extra `export` of this package.
+    """
+    from fast_goal.model.clip import Clip
+    from fast_goal.model.export import export
+
+    found = export(Clip.load(model), output, format.value)
+    typer.echo(f"{output}: {format.value}; largest difference: image {found['image']:.0e}, text {found['text']:.0e}")
 
 
 @app.command("doctor", rich_help_panel="Set-up")

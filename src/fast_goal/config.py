@@ -68,14 +68,17 @@ class ScratchConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DetectorConfig:
-    """The region detector.
+    """The region detector; its kinds are the files of `flism/detectors/`.
 
     kind: `trained` (from an ultralytics architecture file, on the true boxes of the training data set), `ultralytics`
-    (weights by name or path), `none`.
+    (weights by name or path), `yolos` (through transformers; the paper's is hustvl/yolos-base), `table` (boxes from a
+    file, or the data set's own objects), `none`.
     """
 
-    kind: Literal["trained", "ultralytics", "none"]
-    weights: str  # architecture (yolo11n.yaml) for `trained`, else weights by name (yolo11n.pt) or by path
+    kind: Literal["trained", "ultralytics", "yolos", "table", "none"]
+    # architecture (yolo11n.yaml) for `trained`; weights by name or path for `ultralytics` and `yolos`; for `table` the path
+    # of a CSV or parquet file, or `objects`
+    weights: str
     trust_pickle: bool  # allow a local .pt, which ultralytics unpickles without restriction
     split: Split
     image_size: int = number(32)
@@ -98,11 +101,27 @@ class BaseConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MatcherConfig:
+    """The CLIP that matches regions and sentences; model null: the base. The words are those of `base`."""
+
+    model: str | None
+    pretrained: str | None
+
+
+@dataclasses.dataclass(frozen=True)
 class FlismConfig:
     """Region and sentence matching (METHOD section 2, Tables VII and VIII)."""
 
     splits: list[Split]
     regions: Literal["both", "detector", "spatial"]
+    matcher: MatcherConfig
+    pair_weights: Literal["uniform", "similarity"]
+    classes: list[str] | None  # of detections; null: all
+    merge_iou: float | None  # from which two boxes are one region; null: all are kept, as in the paper
+    scaled_decoding: bool
+    precision: Literal["fp32", "tf32", "bf16"]
+    engine: Literal["local", "ray"]
+    processes: int = number(0)  # 0: one for each GPU, else in this process
     top_k: int = number(1)
     confidence: float = number(0, 1)
     iou: float = number(0, 1)
@@ -111,16 +130,40 @@ class FlismConfig:
     batch_size: int = number(1)
     shard_size: int = number(1)
 
+    def __post_init__(self) -> None:
+        if self.merge_iou is not None and not 0 < self.merge_iou <= 1:
+            raise ConfigError(f"flism.merge_iou = {self.merge_iou}: expected null or a number above 0 and at most 1")
+
 
 @dataclasses.dataclass(frozen=True)
 class ValidateConfig:
-    """Expectations whose bounds depend on the data set; the others have none to set."""
+    """Expectations whose bounds depend on the data set, and how much of a large one is looked at."""
 
     expected_counts: dict[Split, int]  # split -> images; an absent split is not checked
+    language: str | None  # of the long captions; null: not checked
     max_skipped: float = number(0, 1)  # fraction of all samples
     min_mean_words: float = number(0)
     max_mean_words: float = number(0)
     min_pairs: float = number(0, 1)  # fraction of the images of the FLISM splits that have a pair
+    max_cut_off: float = number(0, 1)  # fraction of the long captions that the text encoder does not read to the end
+    max_aspect: float = number(1)  # longer side / shorter side
+    near_duplicate_bits: int = number(0, 10)  # of 64 in which the perceptual hashes of near-duplicates may differ
+    max_decoded: int = number(0)  # images decoded in full, for each data set
+    caption_sample: int = number(1)  # long captions whose tokens and language are looked at, for each data set
+    quality_pairs: int = number(0)  # image-caption pairs whose cosine is measured, for each data set
+    seed: int = number(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishConfig:
+    """The training data set with its local pairs in a layout that others can read; see data/publication.py.
+
+    layout: `table` (parquet without the images), `parquet` (with the images' bytes), `webdataset` (tar shards).
+    """
+
+    layout: Literal["table", "parquet", "webdataset"]
+    licence: str  # of images and captions, for the card
+    shard_size: int = number(1)  # images per file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,20 +171,43 @@ class FinetuneConfig:
     """The training loop; the loss is the section `objective`."""
 
     view: Literal["crop", "squash", "pad"]
+    pairs: Literal["best", "all"]
     precision: Literal["auto", "fp32", "bf16"]
     gradient_clip: float | None
+    max_logit_scale: float | None
+    decayed: Literal["all", "matrices"]  # the parameters that weight decay acts on
+    freeze: list[Literal["image", "text"]]  # towers that stay as they are
+    result: Literal["last", "best"]  # which epoch's weights: the last, or the best on the validation split
+    patience: int | None  # epochs without a better one after which the training ends; null: all are run
+    ema: float | None  # decay per step of the average of the weights that becomes the result; null: the last weights
+    checkpointing: bool
+    compile: bool
+    length_groups: bool  # batches of captions of similar length
     epochs: int = number(1)
     batch_size: int = number(2)
+    accumulate: int = number(1)  # parts that a batch goes through the model in
     learning_rate: float = number(above=0)
+    layer_decay: float = number(above=0, high=1)  # of the learning rate, per block below the last
     weight_decay: float = number(0)
     warmup_steps: int = number(0)
-    workers: int = number(0)
+    processes: int = number(0)  # 0: one for each GPU, else one
+    workers: int = number(0)  # of each process
     log_every: int = number(1)  # steps
     save_every: int = number(1)  # steps between resume states
 
     def __post_init__(self) -> None:
         if self.gradient_clip is not None and self.gradient_clip <= 0:
             raise ConfigError(f"finetune.gradient_clip = {self.gradient_clip}: expected null or a number above 0")
+        if self.max_logit_scale is not None and self.max_logit_scale < 1:
+            raise ConfigError(f"finetune.max_logit_scale = {self.max_logit_scale}: expected null or at least 1")
+        if self.patience is not None and self.patience < 1:
+            raise ConfigError(f"finetune.patience = {self.patience}: expected null or at least 1")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ConfigError(f"finetune.ema = {self.ema}: expected null or a number from 0 to below 1")
+        if self.accumulate > self.batch_size:
+            raise ConfigError(
+                f"finetune.accumulate = {self.accumulate}: a batch of finetune.batch_size = {self.batch_size} has no more parts"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +240,7 @@ class Params:
     base: BaseConfig
     flism: FlismConfig
     validate: ValidateConfig
+    publish: PublishConfig
     objective: dict[str, Any]
     finetune: FinetuneConfig
     evaluate: EvaluateConfig

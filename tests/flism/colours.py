@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fast_goal.config import FlismConfig
+from fast_goal.config import FlismConfig, MatcherConfig
 from fast_goal.data.captions import tokenize
 from fast_goal.data.images import View
 from fast_goal.flism.regions import Detections
@@ -21,6 +21,14 @@ def flism_config(**changes) -> FlismConfig:
     values = {
         "splits": ["train", "val"],
         "regions": "both",
+        "matcher": MatcherConfig(None, None),
+        "pair_weights": "uniform",
+        "classes": None,
+        "merge_iou": None,
+        "scaled_decoding": False,
+        "precision": "fp32",
+        "engine": "local",
+        "processes": 0,
         "top_k": 2,
         "confidence": 0.25,
         "iou": 0.7,
@@ -60,12 +68,12 @@ class ColourClip(torch.nn.Module):
 class ColourDetector:
     """Finds the box of each colour. Stops the run after `limit` images, as a kill would."""
 
-    digest = "colours"
+    digest, reads_pixels, names = "colours", True, None
 
     def __init__(self, limit: int = 10**9):
         self.limit, self.seen = limit, 0
 
-    def detect(self, images: list[Image.Image]) -> list[Detections]:
+    def detect(self, images, image_ids=()) -> list[Detections]:
         found = []
         for image in images:
             self.seen += 1

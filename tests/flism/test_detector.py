@@ -1,19 +1,26 @@
 import dataclasses
 import json
+import os
 import sys
+import typing
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from colours import flism_config
 from PIL import Image
+from safetensors.torch import load_file
 
 from fast_goal.config import DetectorConfig
 from fast_goal.data.images import open_image
 from fast_goal.data.records import Dataset
 from fast_goal.errors import ConfigError, ModelError
-from fast_goal.flism import detector as module
-from fast_goal.flism.detector import load_detector, obtain_detector, prepare_ultralytics, train_detector
+from fast_goal.flism.detectors import MAX_BOXES, load_detector, obtain_detector
+from fast_goal.flism.detectors import ultralytics as module
+from fast_goal.flism.detectors.ultralytics import prepare_ultralytics
 from fast_goal.flism.regions import box_iou
 
 CPU = torch.device("cpu")
@@ -46,7 +53,7 @@ def trained(scenes, _folder, monkeypatch):
         kept = {}
         real = module._save_state
         monkeypatch.setattr(module, "_save_state", lambda model, *rest: (kept.update(model=model), real(model, *rest)))
-        trained.metrics = train_detector(scenes, detector_config(), _folder, seed=0)
+        trained.metrics = obtain_detector(detector_config(), _folder, scenes, seed=0)["metrics"]
         trained.model = kept["model"]
     return _folder, trained.metrics, trained.model
 
@@ -58,10 +65,22 @@ def images(scenes):
     return [pictures[0], pictures[1].resize((200, 90)), pictures[2].crop((0, 0, 30, 48))]
 
 
-def assert_same(a, b):
+def ids(images):
+    return [str(index) for index in range(len(images))]
+
+
+def detect(detector, images):
+    return detector.detect(images, ids(images))
+
+
+def load(folder, config=EVERYTHING):
+    return load_detector(folder, config, None, CPU)
+
+
+def assert_same(a, b, atol=0.0):
     for one, other in zip(a, b, strict=True):
-        np.testing.assert_allclose(one.boxes, other.boxes, atol=1e-2)
-        np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
+        np.testing.assert_allclose(one.boxes, other.boxes, rtol=0, atol=atol)
+        np.testing.assert_allclose(one.scores, other.scores, rtol=0, atol=atol)
         assert one.labels == other.labels
 
 
@@ -76,82 +95,148 @@ def test_what_is_stored(trained):
     assert (metrics["train_images"], metrics["held_out_images"]) == (4, 1)  # of the five with two objects or more
 
 
-def test_the_rebuilt_model_detects_what_the_trained_one_did(trained, images):
+def test_the_rebuilt_model_has_the_weights_of_the_trained_one(trained):
+    folder, _, model = trained
+    info = json.loads((folder / "detector.json").read_text())
+    rebuilt = module._rebuild(info["architecture"], info["names"], folder / "detector.safetensors")
+    for (name, before), (other, after) in zip(model.state_dict().items(), rebuilt.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(before, after)
+
+
+def test_detections_are_those_of_ultralytics_own_predict(trained, images):
     from ultralytics import YOLO
 
     folder, _, model = trained
-    rebuilt = load_detector(folder, EVERYTHING, CPU)
-    for (name, before), (other, after) in zip(
-        model.state_dict().items(), rebuilt._model.model.state_dict().items(), strict=True
-    ):
-        assert name == other
-        assert torch.equal(before, after)
     yolo = YOLO("yolo11n.yaml", task="detect")
     yolo.model = model.eval()
-    original = module.Detector(yolo, json.loads((folder / "detector.json").read_text()), EVERYTHING, CPU)
-    found = rebuilt.detect(images)
+    arrays = [np.ascontiguousarray(np.asarray(image)[..., ::-1]) for image in images]  # it takes blue, green, red
+    settings = {"conf": EVERYTHING.confidence, "iou": EVERYTHING.iou, "imgsz": 64, "rect": False, "max_det": MAX_BOXES}
+    expected = yolo.predict(arrays, **settings, verbose=False, device="cpu", project=module._runs_folder())
+    found = detect(load(folder), images)
     assert sum(len(one.labels) for one in found) > 10
-    assert_same(original.detect(images), found)
+    for one, result in zip(found, expected, strict=True):
+        rows = result.boxes.data.numpy()
+        np.testing.assert_allclose(one.boxes, rows[:, :4], atol=1e-3)
+        np.testing.assert_allclose(one.scores, rows[:, 4], atol=1e-5)
+        assert one.labels == ["object"] * len(rows)
 
 
 def test_an_image_does_not_depend_on_the_others_of_its_batch(trained, images):
-    detector = load_detector(trained[0], EVERYTHING, CPU)
-    together = detector.detect(images)
-    assert_same(together, [detector.detect([image])[0] for image in images])
-    assert_same(together[::-1], detector.detect(images[::-1]))
-    assert_same(together, load_detector(trained[0], EVERYTHING, CPU).detect(images))
+    detector = load(trained[0])
+    together = detect(detector, images)
+    assert_same(together, [detect(detector, [image])[0] for image in images])  # to the last bit
+    assert_same(together[::-1], detect(detector, images[::-1]))
+    assert_same(together * 4, detect(detector, images * 4))  # more than the network sees at once
+    assert_same(together, detect(load(trained[0]), images))
+
+
+def test_images_can_be_prepared_in_threads(trained, images):
+    detector = load(trained[0])
+    with ThreadPoolExecutor(3) as pool:
+        prepared = list(pool.map(detector.prepare, images))
+    assert prepared[0].pixels.shape == (64, 64, 3)
+    assert_same(detect(detector, prepared), detect(detector, images))
 
 
 def test_boxes_lie_in_the_image_and_thresholds_hold(trained, images):
     for settings in (EVERYTHING, flism_config(confidence=0.002, max_detections=3, iou=0.1)):
-        for image, found in zip(images, load_detector(trained[0], settings, CPU).detect(images), strict=True):
-            assert len(found.labels) == len(found.boxes) == len(found.scores) <= settings.max_detections
+        for image, found in zip(images, detect(load(trained[0], settings), images), strict=True):
+            assert len(found.labels) == len(found.boxes) == len(found.scores) <= MAX_BOXES
             assert (found.boxes >= 0).all()
             assert (found.boxes[:, 2:] <= image.size).all()
             assert (found.scores >= settings.confidence).all()
             assert (np.diff(found.scores) <= 0).all()
 
 
-class Recorder:
-    """Stands for a YOLO object: keeps the arrays it is given, and finds one box in each."""
+def test_what_the_digest_covers(trained):
+    def digest(**changes):
+        return load(trained[0], flism_config(**changes)).digest
 
-    def __init__(self, box=(2.0, 3.0, 60.0, 20.0)):
-        self.calls, self.box = [], box
-
-    def predict(self, arrays, **arguments):
-        self.calls.append(arrays)
-        rows = torch.tensor([[*self.box, 0.5, 1.0]])
-        return [type("Result", (), {"boxes": type("Boxes", (), {"data": rows})()})() for _ in arrays]
+    assert digest() == digest(max_detections=3, min_area=0.1, merge_iou=0.5, classes=["object"], batch_size=7)
+    assert len({digest(), digest(confidence=0.3), digest(iou=0.5)}) == 3
 
 
-def recorded(format_name="safetensors", **changes):
+def test_an_unknown_class_stops_before_any_work(trained):
+    with pytest.raises(ConfigError, match=r"flism\.classes = \['cat'\].*object"):
+        load(trained[0], flism_config(classes=["object", "cat"]))
+
+
+class Network:
+    """Stands for ultralytics' backend: keeps the batches, finds the same raw boxes (centre, size, class scores) in all."""
+
+    dynamic, stride, end2end, device = True, 32, False, torch.device("cpu")
+
+    def __init__(self, boxes=((32.0, 32.0, 20.0, 10.0),), batch=1):
+        self.seen, self.batch = [], batch
+        self.raw = torch.tensor([[*box, 0.1, 0.5 - 0.0001 * index] for index, box in enumerate(boxes)]).T
+
+    def __call__(self, batch):
+        self.seen.append(batch)
+        return self.raw.expand(len(batch), -1, -1).clone()
+
+
+def faked(format_name="safetensors", **changes):
     info = {"format": format_name, "sha256": "0", "names": ["cat", "dog"], "image_size": 64}
-    recorder = Recorder(**changes)
-    return recorder, module.Detector(recorder, info, flism_config(), CPU)
+    prepare_ultralytics()
+    network = Network(**changes)
+    return network, module.UltralyticsDetector(network, info, flism_config())
 
 
-def test_the_model_gets_blue_green_red():
-    recorder, detector = recorded()
-    (found,) = detector.detect([Image.new("RGB", (40, 30), (200, 100, 50))])
-    assert recorder.calls[0][0].shape == (30, 40, 3)
-    assert recorder.calls[0][0][0, 0].tolist() == [50, 100, 200]
-    assert found.boxes.tolist() == [[2, 3, 40, 20]]  # clipped
+def test_the_network_gets_a_padded_square_of_red_green_blue():
+    network, detector = faked()
+    (found,) = detect(detector, [Image.new("RGB", (40, 20), (200, 100, 50))])
+    (batch,) = network.seen
+    assert batch.shape == (module.BATCH[0], 3, 64, 64)
+    np.testing.assert_allclose(batch[0, :, 32, 32] * 255, [200, 100, 50], atol=1e-3)
+    np.testing.assert_allclose(batch[0, :, [15, 48], 32] * 255, 114, atol=1e-3)  # 64 x 32 pixels in the middle
+    assert not batch[1:].any()
+    np.testing.assert_allclose(found.boxes, [[22 / 1.6, (27 - 16) / 1.6, 42 / 1.6, (37 - 16) / 1.6]], atol=1e-5)
     assert found.labels == ["dog"]
 
 
-@pytest.mark.parametrize(("format_name", "sizes"), [("safetensors", [3]), ("litert", [1, 1, 1]), ("onnx", [1, 1, 1])])
-def test_exported_formats_get_one_image_at_a_time(format_name, sizes):
-    recorder, detector = recorded(format_name)
-    assert len(detector.detect([Image.new("RGB", (40, 30))] * 3)) == 3
-    assert [len(call) for call in recorder.calls] == sizes
+@pytest.mark.parametrize(("format_name", "batch", "sizes"), [("litert", 1, [1, 1, 1]), ("engine", 2, [2, 1])])
+def test_exported_formats_get_no_more_images_than_they_were_exported_for(format_name, batch, sizes):
+    network, detector = faked(format_name, batch=batch)
+    assert len(detect(detector, [Image.new("RGB", (40, 30))] * 3)) == 3
+    assert [len(seen) for seen in network.seen] == sizes
+
+
+def test_slow_suppression_loses_no_image(monkeypatch):
+    """ultralytics stops after 2 seconds of it and leaves the images that follow empty."""
+    from ultralytics.utils import nms
+
+    _, detector = faked()
+    clock = iter(range(0, 10**6, 1000))
+    monkeypatch.setattr(nms.time, "time", lambda: next(clock))
+    found = detect(detector, [Image.new("RGB", (40, 30))] * 5)
+    assert [len(one.labels) for one in found] == [1] * 5
+    monkeypatch.setattr(module.math, "inf", 0.05)  # ultralytics' own limit: the test would see the loss
+    assert [len(one.labels) for one in detect(detector, [Image.new("RGB", (40, 30))] * 5)] == [1, 0, 0, 0, 0]
+
+
+def test_crowded_images_keep_the_most_confident():
+    boxes = [(float(x), float(y), 1.0, 1.0) for x in range(1, 40, 2) for y in range(1, 40, 2)]
+    _, detector = faked(boxes=boxes)
+    (found,) = detect(detector, [Image.new("RGB", (64, 64))])
+    assert len(found.labels) == MAX_BOXES < len(boxes)
+    np.testing.assert_allclose(found.boxes[:, 0], [x - 0.5 for x, *_ in boxes[:MAX_BOXES]], atol=1e-4)
 
 
 def test_strips_and_empty_batches():
-    recorder, detector = recorded()
-    found = detector.detect([Image.new("RGB", (1, 65)), Image.new("RGB", (40, 30)), Image.new("RGB", (130, 2))])
+    network, detector = faked()
+    found = detect(detector, [Image.new("RGB", (1, 65)), Image.new("RGB", (40, 30)), Image.new("RGB", (130, 2))])
     assert [len(one.labels) for one in found] == [0, 1, 0]
-    assert detector.detect([]) == []
-    assert [len(call) for call in recorder.calls] == [1]
+    assert detect(detector, []) == []
+    assert len(network.seen) == 1
+
+
+def test_every_kind_of_the_configuration_has_a_detector():
+    from fast_goal.flism import detectors
+
+    for kind in typing.get_args(typing.get_type_hints(DetectorConfig)["kind"]):
+        detectors._kind(kind)
+    assert set(detectors._KINDS) == set(typing.get_args(typing.get_type_hints(DetectorConfig)["kind"]))
 
 
 def test_training_images_and_labels(scenes, tmp_path):
@@ -191,32 +276,33 @@ def test_close_ups_are_used_where_there_is_nothing_else(scenes):
 def test_training_needs_boxes(scenes, tmp_path):
     without = Dataset(scenes.name, scenes.root, scenes.records)
     with pytest.raises(ConfigError, match=r"base\.detector\.kind=ultralytics"):
-        train_detector(without, detector_config(), tmp_path, 0)
+        obtain_detector(detector_config(), tmp_path, without, 0)
     with pytest.raises(ConfigError, match=r"base\.detector\.split = 'test'"):
-        train_detector(scenes, detector_config(split="test"), tmp_path, 0)
+        obtain_detector(detector_config(split="test"), tmp_path, scenes, 0)
 
 
 def test_training_needs_an_architecture(scenes, tmp_path):
     with pytest.raises(ConfigError, match=r"yolo99q\.yaml"):
-        train_detector(scenes, detector_config(weights="yolo99q.yaml"), tmp_path, 0)
+        obtain_detector(detector_config(weights="yolo99q.yaml"), tmp_path, scenes, 0)
 
 
-def test_no_detector(tmp_path):
-    obtain_detector(detector_config(kind="none"), tmp_path)
-    assert load_detector(tmp_path, EVERYTHING, CPU) is None
+def test_no_detector(tmp_path, scenes):
+    assert obtain_detector(detector_config(kind="none"), tmp_path, scenes, 0) == {"kind": "none"}
+    assert load(tmp_path) is None
 
 
 def test_missing_and_changed_weights(trained, tmp_path):
     with pytest.raises(ModelError, match="fast-goal base"):
-        load_detector(tmp_path, EVERYTHING, CPU)
+        load(tmp_path)
     (tmp_path / "detector.json").write_text((trained[0] / "detector.json").read_text())
     (tmp_path / "detector.safetensors").write_bytes(b"something else")
     with pytest.raises(ModelError, match="not the file"):
-        load_detector(tmp_path, EVERYTHING, CPU)
+        load(tmp_path)
 
 
 def obtain(tmp_path, weights, **changes):
-    return obtain_detector(detector_config(kind="ultralytics", weights=str(weights), **changes), tmp_path / "detector")
+    config = detector_config(kind="ultralytics", weights=str(weights), **changes)
+    return obtain_detector(config, tmp_path / "detector", Dataset("none", tmp_path, pd.DataFrame()), 0)
 
 
 @pytest.fixture
@@ -242,9 +328,9 @@ def test_a_local_pickle_is_opened_only_if_trusted(pickled, tmp_path, images, mon
     assert info["names"] == ["cat", "dog"]
     assert {file.name for file in (tmp_path / "detector").iterdir()} == {"detector.json", "detector.safetensors"}
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("a pickle was opened"))
-    detector = load_detector(tmp_path / "detector", EVERYTHING, CPU)
-    assert torch.equal(detector._model.model.state_dict()["model.0.conv.weight"], model.state_dict()["model.0.conv.weight"])
-    assert len(detector.detect(images)) == 3
+    weights = load_file(tmp_path / "detector" / "detector.safetensors")
+    assert torch.equal(weights["model.0.conv.weight"], model.state_dict()["model.0.conv.weight"])
+    assert len(detect(load(tmp_path / "detector"), images)) == 3
 
 
 @pytest.mark.parametrize("name", ["own.PT", "own.pt.bin", "own.pth"])
@@ -291,6 +377,36 @@ def test_other_weights(tmp_path, monkeypatch, name, error, message):
         (tmp_path / name).write_text("nothing")
     with pytest.raises(error, match=message):
         obtain(tmp_path, name)
+
+
+def test_an_exported_model(tmp_path, images, pickled):
+    """TorchScript, which needs no further package: it detects what the model it was exported from detects."""
+    from ultralytics import YOLO
+
+    path, model = pickled
+    for name, parameter in model.named_parameters():
+        if ".cv3." in name and name.endswith(".2.bias"):  # an untrained network is sure of nothing
+            torch.nn.init.normal_(parameter, -3, 1)
+    torch.save({"model": model, "train_args": {}}, path)
+    exported = YOLO(str(path)).export(format="torchscript", imgsz=64, verbose=False, device="cpu")
+    info = obtain(tmp_path, exported, image_size=640)
+    assert (info["format"], info["names"], info["image_size"]) == ("torchscript", ["cat", "dog"], 64)
+    found = detect(load(tmp_path / "detector"), images)
+    obtain(tmp_path / "torch", path, image_size=64, trust_pickle=True)
+    original = detect(load(tmp_path / "torch" / "detector"), images)
+    assert [len(one.labels) for one in found] == [len(one.labels) for one in original]
+    assert sum(len(one.labels) for one in found) > 10
+    np.testing.assert_allclose(found[1].boxes[:5], original[1].boxes[:5], atol=0.01)
+
+
+@pytest.mark.skipif("FAST_GOAL_TEST_TFLITE" not in os.environ, reason="FAST_GOAL_TEST_TFLITE names no detector (.tflite)")
+def test_a_tflite_model(tmp_path, images):
+    """A real one from outside, as `FAST_GOAL_TEST_TFLITE=yolov8n_int8.tflite pytest ...`."""
+    pytest.importorskip("ai_edge_litert")
+    info = obtain(tmp_path, Path(os.environ["FAST_GOAL_TEST_TFLITE"]).resolve())
+    assert (info["format"], info["image_size"] % 32) == ("litert", 0)
+    detector = load(tmp_path / "detector", flism_config(confidence=0.01))
+    assert_same(detect(detector, images), [detect(detector, [image])[0] for image in images])
 
 
 def test_a_missing_tflite_runtime_names_the_extra(tmp_path, monkeypatch):

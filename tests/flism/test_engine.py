@@ -1,5 +1,8 @@
+import dataclasses
 import errno
+import hashlib
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -7,17 +10,29 @@ import pytest
 import torch
 from colours import ColourClip, ColourDetector, flism_config, paint
 
-from fast_goal.data.captions import split_sentences
+from fast_goal.data.captions import split_sentences, tokenize
 from fast_goal.data.images import crop, open_image
 from fast_goal.data.records import PAIRS, Dataset
 from fast_goal.errors import ConfigError, DataError, ModelError
-from fast_goal.flism import engine, shards
+from fast_goal.flism import embedder, shards
 from fast_goal.flism.engine import extract
 from fast_goal.flism.regions import spatial_regions
 
 
 def run(dataset, cache, clip=None, detector=None, **changes):
     return extract(dataset, clip or ColourClip(), detector or ColourDetector(), flism_config(**changes), cache)
+
+
+def forget(cache):
+    """Removes what is known of crops, sentences and detections, so that only the shards are left."""
+    shutil.rmtree(cache / "embeddings", ignore_errors=True)
+
+
+def rehash(dataset: Dataset) -> Dataset:
+    """The data set with the content hashes of its files as they are now."""
+    records = dataset.records.copy()
+    records["content_hash"] = [hashlib.sha256(dataset.path(row).read_bytes()).hexdigest() for row in records.itertuples()]
+    return dataclasses.replace(dataset, records=records)
 
 
 def changed(dataset: Dataset, **columns) -> Dataset:
@@ -38,7 +53,7 @@ def oracle(dataset):
         regions = [clip.encode_image(clip.view(*piece.size).apply(piece)[None])[0] for piece in pieces]
         pairs = []
         for index, sentence in enumerate(split_sentences(row.long_caption)):
-            text = clip.encode_text(engine.tokenize([sentence.text], clip.context_length)[0])[0]
+            text = clip.encode_text(tokenize([sentence.text], clip.context_length)[0])[0]
             similarities = [float(text @ region) for region in regions]
             pairs.append((index, int(np.argmax(similarities)), max(similarities)))
         found[row.image_id] = boxes, sorted(pairs, key=lambda pair: -pair[2])
@@ -98,7 +113,7 @@ def test_crops_of_many_images_fill_the_batches_and_each_sentence_is_embedded_onc
 
 def test_the_memory_for_sentences_is_bounded(scenes, tmp_path, monkeypatch):
     expected = run(scenes, tmp_path / "a")
-    monkeypatch.setattr(engine, "REMEMBERED_SENTENCES", 1)
+    monkeypatch.setattr(embedder, "REMEMBERED_SENTENCES", 1)
     assert_same(run(scenes, tmp_path / "b"), expected)
 
 
@@ -108,6 +123,7 @@ def test_a_stopped_run_goes_on(scenes, tmp_path, limit, capsys):
     with pytest.raises(KeyboardInterrupt):
         run(scenes, tmp_path / "cache", detector=ColourDetector(limit), shard_size=2, batch_size=1)
     rest = ColourDetector()
+    forget(tmp_path / "cache")
     capsys.readouterr()
     # other sizes than before, as after lack of memory
     assert_same(run(scenes, tmp_path / "cache", detector=rest, shard_size=3), expected)
@@ -128,8 +144,10 @@ def test_a_finished_run_is_only_read(scenes, tmp_path):
 @pytest.mark.parametrize("damage", ["no mark", "half a mark", "half a table", "no table"])
 def test_nothing_half_written_is_trusted(scenes, tmp_path, damage):
     expected = run(scenes, tmp_path / "cache")
-    (folder,) = (tmp_path / "cache").iterdir()
-    mark, table = folder / "shard-00000004.json", folder / "shard-00000004.pairs.parquet"
+    (folder,) = (tmp_path / "cache/flism").iterdir()
+    forget(tmp_path / "cache")
+    mark = next(mark for mark in folder.glob("shard-*.json") if "image05" in mark.read_text())
+    table = mark.with_name(f"{mark.stem}.pairs.parquet")
     if damage == "no mark":
         mark.unlink()
         table.write_bytes(b"")
@@ -144,19 +162,63 @@ def test_nothing_half_written_is_trusted(scenes, tmp_path, damage):
     assert detector.seen == 4
 
 
-@pytest.mark.parametrize("what", ["model", "detector", "data", "settings"])
-def test_an_old_cache_is_not_used_for_something_else(scenes, tmp_path, what):
+@pytest.mark.parametrize(
+    ("what", "again"),
+    [("model", 11), ("detector", 11), ("top_k", 11), ("caption", 1), ("size of batches", 0), ("splits", 0)],
+)
+def test_a_change_makes_again_what_it_affects(scenes, tmp_path, what, again):
     run(scenes, tmp_path / "cache")
     clip, detector, settings, dataset = ColourClip(), ColourDetector(), {}, scenes
     if what == "model":
         clip.scale.data.fill_(2.0)
     elif what == "detector":
         detector.digest = "others"
-    elif what == "settings":
+    elif what == "top_k":
         settings = {"top_k": 1}
+    elif what == "size of batches":
+        settings = {"batch_size": 1, "shard_size": 100, "processes": 1}
+    elif what == "splits":
+        settings = {"splits": ["val"]}
     else:
         dataset = changed(scenes, long_caption="A red box.")
-    run(dataset, tmp_path / "cache", clip=clip, detector=detector, **settings)
+    forget(tmp_path / "cache")
+    found = run(dataset, tmp_path / "cache", clip=clip, detector=detector, **settings)
+    assert detector.seen == again
+    expected = run(dataset, tmp_path / "new", clip=clip, detector=ColourDetector(), **settings)
+    assert_same(found, expected)
+    assert found.metrics["truncated_sentences"] == expected.metrics["truncated_sentences"]
+
+
+def test_added_images_are_the_only_new_work(scenes, tmp_path):
+    few = dataclasses.replace(scenes, name="few", records=scenes.records[::2].reset_index(drop=True))
+    run(few, tmp_path / "cache")
+    detector, clip = ColourDetector(), ColourClip()
+    grown = run(scenes, tmp_path / "cache", detector=detector, clip=clip)
+    assert detector.seen == 5
+    expected = run(scenes, tmp_path / "new")
+    assert_same(grown, expected)
+    detector = ColourDetector()
+    assert_same(run(few, tmp_path / "cache", detector=detector), run(few, tmp_path / "other"))
+    assert detector.seen == 0
+    names = [name for name in expected.metrics if "second" not in name]
+    assert {name: grown.metrics[name] for name in names} == {name: expected.metrics[name] for name in names}
+
+
+def test_the_order_of_the_records_does_not_matter(scenes, tmp_path):
+    turned = dataclasses.replace(scenes, records=scenes.records[::-1].reset_index(drop=True))
+    a, b = run(scenes, tmp_path / "a"), run(turned, tmp_path / "b")
+    assert list(b.pairs["image_id"].unique()) == list(a.pairs["image_id"].unique())[::-1]
+    for name, keys in (("regions", ["image_id", "region_index"]), ("pairs", ["image_id", "rank"])):
+        tables = [getattr(result, name).sort_values(keys).reset_index(drop=True) for result in (a, b)]
+        pd.testing.assert_frame_equal(*tables, atol=1e-5, rtol=0)
+
+
+def test_a_subset_of_the_records_serves_the_whole_run(scenes, tmp_path):
+    detector, clip = ColourDetector(), ColourClip()
+    chosen = scenes.records.iloc[[2, 5]].reset_index(drop=True)
+    result = extract(scenes, clip, detector, flism_config(), tmp_path / "cache", records=chosen)
+    assert (set(result.pairs["image_id"]), result.metrics["images"]) == ({"image02", "image05"}, 2)
+    assert_same(run(scenes, tmp_path / "cache", detector=detector), run(scenes, tmp_path / "new"))
     assert detector.seen == 11
 
 
@@ -173,6 +235,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_later(scenes, tmp_path, monkey
     with pytest.raises(DataError, match="No space left on device"):
         run(scenes, tmp_path / "cache")
     monkeypatch.undo()
+    forget(tmp_path / "cache")
     detector = ColourDetector()
     assert_same(run(scenes, tmp_path / "cache", detector=detector), run(scenes, tmp_path / "other"))
     assert detector.seen == 7
@@ -181,7 +244,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_later(scenes, tmp_path, monkey
 def test_unusable_images_are_skipped_with_their_reason(scenes, tmp_path):
     (scenes.root / "image01.png").write_bytes(b"no image")
     (scenes.root / "image02.png").unlink()
-    paint(scenes.root / "image03.png", {}, size=(10, 10))
+    paint(scenes.root / "image03.png", {"red": (1, 1, 9, 9)}, size=(64, 48))
     dataset = changed(scenes, long_caption=" \n ")
     result = run(dataset, tmp_path / "cache")
     assert list(result.skipped["sample"]) == ["image00", "image01", "image02", "image03"]
@@ -189,6 +252,7 @@ def test_unusable_images_are_skipped_with_their_reason(scenes, tmp_path):
     assert set(result.skipped["step"]) == {"flism"}
     assert "image02.png" in result.skipped["detail"][2]
     assert (result.metrics["images"], result.metrics["skipped"]) == (7, 4)
+    assert result.metrics["skipped_by_reason"]["unreadable_image"] == {"images": 2, "share": 2 / 11}
     assert set(result.pairs["image_id"]) == {f"image{number:02d}" for number in range(4, 11)}
 
 
@@ -202,7 +266,7 @@ def test_a_mended_image_is_used_by_the_next_run(scenes, tmp_path, shard_size):
     (scenes.root / "image05.png").write_bytes(good)
     detector = ColourDetector()
     rest = run(scenes, tmp_path / "cache", detector=detector, shard_size=shard_size)
-    assert (list(rest.skipped["sample"]), detector.seen) == (["image09"], 4)
+    assert (list(rest.skipped["sample"]), detector.seen) == (["image09"], 1)
     (tmp_path / "away.png").rename(scenes.root / "image09.png")
     assert_same(run(scenes, tmp_path / "cache", shard_size=shard_size), expected)
     assert_same(run(scenes, tmp_path / "cache"), expected)
@@ -210,7 +274,7 @@ def test_a_mended_image_is_used_by_the_next_run(scenes, tmp_path, shard_size):
 
 def test_detector_only_skips_an_image_without_detections(scenes, tmp_path):
     paint(scenes.root / "image04.png", {}, size=(64, 48))
-    result = run(scenes, tmp_path / "cache", regions="detector")
+    result = run(rehash(scenes), tmp_path / "cache", regions="detector")
     assert set(result.regions["kind"]) == {"detector"}
     assert result.skipped[["sample", "reason"]].values.tolist() == [["image04", "no region"]]
 
@@ -234,7 +298,7 @@ def test_without_a_detector_both_means_spatial(scenes, tmp_path):
 
 def test_equal_crops_are_one_tie(scenes, tmp_path):
     class Twice(ColourDetector):
-        def detect(self, images):
+        def detect(self, images, image_ids):
             for found in super().detect(images):
                 found.boxes[:] += 0.25  # rounded outwards, all of these are the same pixels
                 found.boxes[:, 2:] -= 0.5
@@ -242,7 +306,7 @@ def test_equal_crops_are_one_tie(scenes, tmp_path):
                 yield type(found)(boxes, found.labels * 2, np.tile(found.scores, 2))
 
     twice = Twice()
-    twice.detect = lambda images: list(Twice.detect(twice, images))
+    twice.detect = lambda images, image_ids: list(Twice.detect(twice, images, image_ids))
     result = run(scenes, tmp_path / "cache", detector=twice, batch_size=1)
     best = result.pairs[(result.pairs["rank"] == 1)].merge(
         result.regions.groupby("image_id").size().rename("count"), on="image_id"
@@ -254,6 +318,22 @@ def test_long_sentences_are_cut_off_and_counted(scenes, tmp_path):
     dataset = changed(scenes, long_caption="A red box " + "and so on " * 40 + "ends. A green box.")
     metrics = run(dataset, tmp_path / "cache").metrics
     assert metrics["truncated_sentences"] == 1
+    assert metrics["truncated_share"] == pytest.approx(1 / metrics["sentences"])
+
+
+@pytest.mark.parametrize(("kind", "similar"), [("uniform", False), ("similarity", True)])
+def test_weights_of_the_pairs_of_an_image(scenes, tmp_path, kind, similar):
+    pairs = run(scenes, tmp_path / "cache", top_k=3, pair_weights=kind).pairs
+    for _, image in pairs.groupby("image_id"):
+        assert image["weight"].sum() == pytest.approx(1)
+        expected = image["similarity"] / image["similarity"].sum() if similar else np.full(len(image), 1 / len(image))
+        np.testing.assert_allclose(image["weight"], expected)
+
+
+def test_filters_are_counted(scenes, tmp_path):
+    metrics = run(scenes, tmp_path / "cache", classes=["red"], merge_iou=0.99).metrics
+    others = (scenes.objects["label"] != "red") & (scenes.objects["image_id"] != "image11")
+    assert metrics["dropped_by_reason"]["class"] == metrics["dropped_detections"] == others.sum() > 0
 
 
 def test_splits_without_captions_are_left_alone(scenes, tmp_path):
@@ -280,9 +360,9 @@ def test_a_damaged_model_stops(scenes, tmp_path):
 
 def test_marks_are_plain_json_and_tables_follow_the_schema(scenes, tmp_path):
     result = run(scenes, tmp_path / "cache")
-    (folder,) = (tmp_path / "cache").iterdir()
-    positions = [p for mark in sorted(folder.glob("*.json")) for p in json.loads(mark.read_text())["positions"]]
-    assert positions == list(range(11))
+    (folder,) = (tmp_path / "cache/flism").iterdir()
+    images = [image for mark in folder.glob("shard-*.json") for image in json.loads(mark.read_text())["images"]]
+    assert sorted(image["image_id"] for image in images) == sorted(result.pairs["image_id"].unique())
     assert list(result.pairs.columns) == PAIRS.names
     assert not list(folder.glob("*.tmp"))
 

@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 
 from fast_goal.flism.metrics import flat, flism_metrics, truth_agreement
+from fast_goal.flism.shards import Outcome
 
 
 def pair(image_id, rank, similarity, kind, box=(0, 0, 10, 10), start=0):
@@ -19,8 +20,13 @@ PAIRS = pd.DataFrame(
     ]
 )
 REGIONS = pd.DataFrame({"image_id": list("aaabbbccc")})
-SKIPPED = pd.DataFrame({"sample": ["d"]})
-COUNTS = {"seconds": 2.0, "truncated_sentences": 3, "dropped_detections": 1}
+SKIPPED = pd.DataFrame({"sample": ["d"], "reason": ["no region"]})
+OUTCOMES = [
+    Outcome("1", "a", None, 4, 2, {"class": 1}),
+    Outcome("2", "b", None, 3, 1, {}),
+    Outcome("3", "c", None, 1, 0, {}),
+    Outcome("4", "d", "no region", 4, 0, {"min_area": 2, "class": 1}),
+]
 
 
 def true(image_id, start, box):
@@ -28,12 +34,16 @@ def true(image_id, start, box):
 
 
 def test_metrics_by_hand():
-    metrics = flism_metrics(REGIONS, PAIRS, SKIPPED, COUNTS, images=4)
+    metrics = flism_metrics(REGIONS, PAIRS, SKIPPED, OUTCOMES, seconds=2.0)
     assert metrics["share_by_kind"] == {"detector": pytest.approx(2 / 3), "quadrant": pytest.approx(1 / 3), "centre": 0}
     assert metrics["mean_similarity"] == pytest.approx(0.31 / 3)
     assert (metrics["images"], metrics["skipped"], metrics["pairs"]) == (3, 1, 4)
     assert (metrics["images_per_second"], metrics["regions_per_image"]) == (2, 3)
-    assert (metrics["truncated_sentences"], metrics["dropped_detections"]) == (3, 1)
+    assert (metrics["sentences"], metrics["truncated_sentences"], metrics["truncated_share"]) == (12, 3, 0.25)
+    assert (metrics["dropped_detections"], metrics["skipped_share"]) == (4, 0.25)
+    none = {"degenerate": 0, "merged": 0, "max_detections": 0}
+    assert metrics["dropped_by_reason"] == {"class": 2, "min_area": 2, **none}
+    assert metrics["skipped_by_reason"] == {"no_region": {"images": 1, "share": 0.25}}
     histogram = metrics["similarity_histogram"]
     assert (len(histogram["edges"]), len(histogram["counts"])) == (41, 40)
     # 1.0 belongs to the last bin, -1.0 to the first

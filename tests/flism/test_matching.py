@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from fast_goal.flism.matching import Match, match
+from fast_goal.flism.matching import Match, match, match_many, pair_weights
 
 
 def oracle(regions, sentences, top_k):
@@ -36,6 +36,34 @@ def test_against_the_oracle(seed, top_k):
     assert [(m.sentence, m.region) for m in found] == [pair[:2] for pair in expected]
     assert [m.similarity for m in found] == pytest.approx([pair[2] for pair in expected], abs=1e-12)
     assert len({m.sentence for m in found}) == len(found)
+
+
+def test_many_images_at_once_are_the_same_as_each_alone():
+    generator = torch.Generator().manual_seed(1)
+    counts = torch.randint(0, 9, (150, 2), generator=generator).tolist()
+    images = [[torch.randn(n, 16, generator=generator) for n in pair] for pair in counts]
+    images[7] = [part.repeat(3, 1) for part in images[7]]  # ties
+    together = match_many([r for r, _ in images], [s for _, s in images], 4)
+    assert together == [match(*image, 4) for image in images]
+
+
+def test_equal_vectors_are_a_tie_wherever_they_stand():
+    generator = torch.Generator().manual_seed(2)
+    for count in range(2, 40):
+        regions = torch.randn(1, 512, generator=generator).repeat(count, 1)
+        sentences = torch.randn(1, 512, generator=generator).repeat(count + 3, 1)
+        found = match(regions, sentences, 50)
+        assert [(m.sentence, m.region) for m in found] == [(index, 0) for index in range(count + 3)]
+
+
+def test_pair_weights():
+    assert pair_weights([0.5, 0.2], "uniform") == [0.5, 0.5]
+    assert pair_weights([0.6, 0.2], "similarity") == pytest.approx([0.75, 0.25])
+    assert pair_weights([0.4, 0.0, -0.3], "similarity") == [1, 0, 0]
+    assert pair_weights([-0.1, -0.2], "similarity") == [0.5, 0.5]
+    assert pair_weights([], "similarity") == []
+    with pytest.raises(ValueError, match="pair_weights"):
+        pair_weights([1.0], "other")
 
 
 def test_best_pair_is_the_default():

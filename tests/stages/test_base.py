@@ -6,7 +6,7 @@ import torch
 from small_training import RecordingTracker, params, write_project
 
 from fast_goal.errors import FastGoalError
-from fast_goal.flism import detector as detector_module
+from fast_goal.flism import detectors as detector_module
 from fast_goal.model.clip import Clip, build_scratch
 from fast_goal.stages import base
 from fast_goal.training import pretraining
@@ -105,6 +105,20 @@ def test_a_part_of_other_parameters_is_not_taken(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         base.main(params("base.detector.image_size=64"), RecordingTracker())
     assert made == [1]
+
+
+def test_a_part_of_another_file_is_not_taken(monkeypatch):
+    table = "image_id,x1,y1,x2,y2\ntrain-0,1,1,9,9\n"
+    Path("boxes.csv").write_text(table)
+    settings = params("base.detector.kind=table", "base.detector.weights=boxes.csv")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(pretraining, "train_scratch", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        base.main(settings, RecordingTracker())
+    Path("boxes.csv").write_text(table + "train-1,1,1,9,9\n")
+    base.main(settings, RecordingTracker())
+    info = json.loads(Path("models/base/detector/detector.json").read_text())
+    assert (info["kind"], info["boxes"]) == ("table", 2)
+    assert json.loads(Path("models/base/metrics.json").read_text())["detector"]["weights"] == "boxes.csv"
 
 
 def test_a_killed_scratch_training_continues(monkeypatch):

@@ -102,3 +102,25 @@ def test_spatial_regions_need_no_detector_at_all(project):
     flism.main(params("flism.regions=spatial"), NullTracker())
     with pytest.raises(ModelError, match=r"detector\.json"):
         flism.main(params(), NullTracker())
+
+
+def test_another_clip_than_the_base_may_match(project):
+    from fast_goal.model.clip import build_scratch
+
+    sizes = {"image_size": 16, "patch_size": 8, "embed_dim": 8, "vision_width": 16, "vision_layers": 1, "text_width": 16}
+    rest = {"text_layers": 1, "head_width": 8, "steps": 1, "batch_size": 2, "learning_rate": 1.0, "weight_decay": 0.0}
+    config = ScratchConfig(split="train", warmup_steps=0, **sizes, **rest)
+    build_scratch(config, 77, seed=1).save(project / "matcher", {})
+    base = params()
+    clip, detector = flism.load_models(base, None, "cpu")
+    assert (clip.image_size, clip.context_length, detector) == (32, 24, None)
+    other = params(f"flism.matcher.model=local-dir:{project / 'matcher'}", "base.context_length=100")
+    clip, _ = flism.load_models(other, None, "cpu")
+    assert (clip.image_size, clip.context_length, clip.training) == (16, 100, False)
+    flism.main(base, NullTracker())
+    first = read_table("data/flism/scenes/pairs.parquet", PAIRS)
+    flism.main(other, NullTracker())
+    second = read_table("data/flism/scenes/pairs.parquet", PAIRS)
+    assert list(first["image_id"]) == list(second["image_id"])
+    assert not np.allclose(first["similarity"], second["similarity"], atol=1e-3)
+    assert len(list((project / ".fast_goal/embeddings").glob("model-*.sqlite"))) == 2

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from fast_goal.flism.regions import box_iou
+from fast_goal.flism.regions import DROP_REASONS, box_iou
+from fast_goal.flism.shards import Outcome
 
 KINDS = ("detector", "quadrant", "centre")
 HISTOGRAM_EDGES = np.round(np.arange(-1.0, 1.0001, 0.05), 2)  # of the cosine similarity
@@ -20,30 +22,40 @@ def flism_metrics(
     regions: pd.DataFrame,
     pairs: pd.DataFrame,
     skipped: pd.DataFrame,
-    counts: Mapping[str, float],
-    images: int,
+    outcomes: Sequence[Outcome],
+    seconds: float,
     truth: pd.DataFrame | None = None,
 ) -> dict[str, Any]:
-    """The metrics of a run over `images` images; `counts` are those summed over its shards.
+    """The metrics of a run; one outcome for each image asked for, `seconds` spent on all of them, in whatever run.
 
-    images: those with a pair. images_per_second: over the time spent on all of them. regions_per_image, pairs,
-    skipped, truncated_sentences (longer than the text context), dropped_detections. Over the best pairs of the images:
-    share_by_kind (fractions), mean_similarity, similarity_histogram (edges and counts). With `truth` also
-    `true_region` of `truth_agreement`.
+    images: those with a pair. images_per_second: of all. regions_per_image, pairs. skipped with skipped_share and
+    skipped_by_reason (images, and their fraction of all). truncated_sentences: longer than the text context, with
+    truncated_share of all sentences. dropped_detections and dropped_by_reason: what the filters left out. Over the best
+    pairs of the images: share_by_kind (fractions), mean_similarity, similarity_histogram (edges and counts). With
+    `truth` also `true_region` of `truth_agreement`.
     """
     best = pairs[pairs["rank"] == 1]
-    used = regions["image_id"].nunique()
-    seconds = counts["seconds"]
+    used, images = regions["image_id"].nunique(), len(outcomes)
+    sentences, truncated = sum(one.sentences for one in outcomes), sum(one.truncated for one in outcomes)
+    dropped: Counter[str] = Counter()
+    for outcome in outcomes:
+        dropped.update(outcome.dropped)
+    reasons = Counter(str(reason).replace(" ", "_") for reason in skipped["reason"])
     metrics: dict[str, Any] = {
         "images": int(used),
         "skipped": len(skipped),
+        "skipped_share": len(skipped) / images,
+        "skipped_by_reason": {reason: {"images": count, "share": count / images} for reason, count in sorted(reasons.items())},
         "images_per_second": images / seconds if seconds > 0 else 0.0,
         "regions_per_image": len(regions) / used,
         "pairs": len(pairs),
         "share_by_kind": {kind: float((best["kind"] == kind).mean()) for kind in KINDS},
         "mean_similarity": float(best["similarity"].mean()),
-        "truncated_sentences": int(counts["truncated_sentences"]),
-        "dropped_detections": int(counts["dropped_detections"]),
+        "sentences": sentences,
+        "truncated_sentences": truncated,
+        "truncated_share": truncated / sentences if sentences else 0.0,
+        "dropped_detections": sum(dropped.values()),
+        "dropped_by_reason": {reason: dropped[reason] for reason in DROP_REASONS},
         "similarity_histogram": {
             "edges": HISTOGRAM_EDGES.tolist(),
             "counts": np.histogram(best["similarity"], HISTOGRAM_EDGES)[0].tolist(),

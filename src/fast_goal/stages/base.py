@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fast_goal.config import Params, to_dict
-from fast_goal.files import digest, read_json, write_json
+from fast_goal.files import digest, file_digest, read_json, write_json
 
 if TYPE_CHECKING:
     from fast_goal.data.records import Dataset
@@ -35,10 +35,10 @@ def main(params: Params, track: Tracker) -> None:
     config = to_dict(params.base)
     inputs = {"dataset": dataset.digest, "seed": params.seed}
     detector_config = config.pop("detector")
+    weights = Path(params.base.detector.weights)
+    detector_inputs = {**inputs, "config": detector_config, "file": file_digest(weights) if weights.is_file() else None}
     # The detector first: what can be wrong with it mostly shows at once.
-    detector, detector_metrics = _part(
-        "detector", {**inputs, "config": detector_config}, lambda folder, key: _make_detector(params, dataset, folder)
-    )
+    detector, detector_metrics = _part("detector", detector_inputs, lambda folder, key: _make_detector(params, dataset, folder))
     clip, clip_metrics = _part(
         "clip", {**inputs, "config": config}, lambda folder, key: _make_clip(params, dataset, folder, key, track)
     )
@@ -80,12 +80,11 @@ def _part(name: str, inputs: dict[str, Any], make: Callable[[Path, str], dict[st
 
 
 def _make_detector(params: Params, dataset: Dataset, folder: Path) -> dict[str, Any]:
-    from fast_goal.flism.detector import obtain_detector, train_detector
+    from fast_goal.flism.detectors import obtain_detector
 
     config = params.base.detector
-    if config.kind == "trained":
-        return {"kind": config.kind, **train_detector(dataset, config, folder, params.seed)}
-    return {"kind": obtain_detector(config, folder)["kind"], "weights": config.weights}
+    info = obtain_detector(config, folder, dataset, params.seed)
+    return {"kind": config.kind, "weights": config.weights, **info.get("metrics", {})}
 
 
 def _make_clip(params: Params, dataset: Dataset, folder: Path, key: str, track: Tracker) -> dict[str, Any]:

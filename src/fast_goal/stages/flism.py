@@ -1,23 +1,30 @@
 """The step `flism`: regions and local pairs of the training data set (`fast-goal flism`).
 
 Reads data/records/ and models/base/; writes data/flism/<dataset>/{regions,pairs,skipped}.parquet and pairs.png, and
-data/flism/metrics.json. Finished shards stay in .fast_goal/flism/, so that a killed run goes on where it stopped.
+data/flism/metrics.json. Finished shards stay in .fast_goal/flism/, so that a killed run goes on where it stopped and a
+grown data set costs only what is new; embeddings, detections and sentence bounds in .fast_goal/embeddings/.
 """
 
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fast_goal.config import Params
 
 if TYPE_CHECKING:
+    import torch
+
+    from fast_goal.data.records import Dataset
+    from fast_goal.flism.detectors import RegionDetector
+    from fast_goal.model.clip import Clip
     from fast_goal.tracking import Tracker
 
 BASE = Path("models/base")
 OUTPUT = Path("data/flism")
-CACHE = Path(".fast_goal/flism")
+CACHE = Path(".fast_goal")
 HEADLINES = ("images_per_second", "mean_similarity", "true_region_share")
 
 
@@ -26,19 +33,18 @@ def main(params: Params, track: Tracker) -> None:
     from fast_goal.data.records import PAIRS, REGIONS, SKIPPED, load_dataset, write_table
     from fast_goal.environment import device, prepare
     from fast_goal.files import write_json
-    from fast_goal.flism.detector import load_detector
     from fast_goal.flism.engine import extract
     from fast_goal.flism.metrics import flat
     from fast_goal.flism.pictures import sheet
-    from fast_goal.model.clip import Clip
 
     begin = time.monotonic()
     prepare()
     dataset = load_dataset(params.download.train_dataset)
     track.input(dataset)
-    detector = None if params.flism.regions == "spatial" else load_detector(BASE / "detector", params.flism, device())
-    clip = Clip.load(BASE / "clip").to(device()).eval()
-    result = extract(dataset, clip, detector, params.flism, CACHE, device())
+    clip, detector = load_models(params, dataset, device())
+    # a worker process loads its own; the data set goes along only where the boxes come from it
+    models = partial(load_models, params, dataset if detector is not None and not detector.reads_pixels else None)
+    result = extract(dataset, clip, detector, params.flism, CACHE, device(), models=models)
 
     folder = OUTPUT / dataset.name
     write_table(folder / "regions.parquet", result.regions, REGIONS)
@@ -50,3 +56,22 @@ def main(params: Params, track: Tracker) -> None:
     numbers = flat(result.metrics)
     track.metrics({**numbers, "seconds": seconds})
     track.headline({f"flism_{name}": numbers[name] for name in HEADLINES if name in numbers})
+
+
+def load_models(params: Params, dataset: Dataset | None, device: torch.device) -> tuple[Clip, RegionDetector | None]:
+    """The CLIP that matches (`flism.matcher`, else the base) and the detector (None where the settings use none).
+
+    Raises ModelError where one is missing or does not fit.
+    """
+    from fast_goal.flism.detectors import load_detector
+    from fast_goal.model.clip import Clip, load_pretrained
+
+    matcher = params.flism.matcher
+    if matcher.model is None:
+        clip = Clip.load(BASE / "clip")
+    else:
+        clip = load_pretrained(matcher.model, matcher.pretrained, params.base.context_length, params.base.keep_positions)
+    detector = None
+    if params.flism.regions != "spatial":
+        detector = load_detector(BASE / "detector", params.flism, dataset, device)
+    return clip.to(device).eval(), detector

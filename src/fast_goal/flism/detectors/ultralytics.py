@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,96 +33,136 @@ from fast_goal.data.records import Dataset
 from fast_goal.environment import ULTRALYTICS_FOLDER, prepare
 from fast_goal.environment import device as default_device
 from fast_goal.errors import ConfigError, DataError, ModelError
-from fast_goal.files import digest, file_digest, read_json, tree_digest, write_json
+from fast_goal.flism.detectors import MAX_BOXES, NO_DETECTOR, check_file, detections_digest, detector, sha256_of
 from fast_goal.flism.regions import Detections
 from fast_goal.progress import Progress
 
 HELD_OUT = 0.1  # of the detector's training images, for mAP50
 TRAINED_CLASS = "object"
 WEIGHTS_FILE = "detector.safetensors"
-NO_DETECTOR = "set base.detector.kind=none to work with the spatial regions alone"
+# Images that the network sees at once, on a CPU and on a GPU. Always so many, the last ones filled up with black: kernels
+# round differently for another number of images, and a box near a whole pixel would then make another crop.
+BATCH = (8, 32)
 
 
-class Detector:
-    """An ultralytics detection model with the thresholds of the step `flism`. Made by `load_detector`."""
+@dataclass(frozen=True)
+class _Prepared:
+    """An image as the network takes it: uint8 RGB [H, W, 3], None for a strip; and its size (width, height) before."""
 
-    def __init__(self, model: Any, info: dict[str, Any], config: FlismConfig, device: torch.device):
-        self._model = model
-        self._arguments = {
-            "conf": config.confidence,
-            "iou": config.iou,
-            "max_det": config.max_detections,
-            "imgsz": info["image_size"],
-            "device": _device_name(device),
-            # a square for every image, so that the result does not depend on the others of the batch
-            "rect": False,
-            "verbose": False,
-            "project": _runs_folder(),
-        }
-        self._image_size = info["image_size"]
+    pixels: np.ndarray | None
+    size: tuple[int, int]
+
+
+@detector("ultralytics")
+class UltralyticsDetector:
+    """An ultralytics detection model with the thresholds of the step `flism`. Made by `load`.
+
+    It runs the steps of ultralytics' own `predict` on its functions, with what would hurt here left out: `predict`
+    letterboxes in the thread that feeds the device, copies every whole image, and after 2 seconds of suppression leaves
+    the rest of the batch without detections.
+    """
+
+    reads_pixels = True
+
+    def __init__(self, backend: Any, info: dict[str, Any], config: FlismConfig):
+        from ultralytics.data.augment import LetterBox
+
+        self._backend = backend
+        self._confidence, self._iou = config.confidence, config.iou
+        self._shape = _input_shape(backend, info["image_size"])
+        # one shape for every image, so that the result does not depend on the others of the batch
+        self._letterbox = LetterBox(self._shape, auto=False, stride=backend.stride)
+        self._fixed = info["format"] == "safetensors"
         # exported graphs mostly have a fixed batch of 1, and not every format says so
-        self._batched = info["format"] == "safetensors"
+        self._batch = BATCH[torch.device(backend.device).type == "cuda"] if self._fixed else max(int(backend.batch), 1)
         self.names: list[str] = info["names"]
-        self.digest: str = digest({key: info[key] for key in ("format", "sha256", "names", "image_size")})
+        facts = {key: info[key] for key in ("format", "sha256", "names", "image_size")}
+        self.digest = detections_digest(type(self), **facts, confidence=config.confidence, iou=config.iou)
 
-    def detect(self, images: list[Image.Image]) -> list[Detections]:
-        """The detections of each RGB image, most confident first, clipped to the image.
+    def prepare(self, image: Image.Image) -> _Prepared:
+        """The image scaled into the model's square. Of an image so thin that less than a pixel of it would be left
+        there are no detections."""
+        width, height = image.size
+        if min(width, height) * max(self._shape) < max(width, height):
+            return _Prepared(None, image.size)
+        return _Prepared(self._letterbox(image=np.asarray(image.convert("RGB"))), image.size)
 
-        An image so thin that less than a pixel of it would be left at the model's size has none.
-        """
-        found = [Detections.none() for _ in images]
-        seen = [index for index, image in enumerate(images) if min(image.size) * self._image_size >= max(image.size)]
-        step = max(len(seen), 1) if self._batched else 1
-        for start in range(0, len(seen), step):
-            batch = seen[start : start + step]
-            arrays = [np.ascontiguousarray(np.asarray(images[index].convert("RGB"))[..., ::-1]) for index in batch]  # BGR
-            for index, result in zip(batch, self._model.predict(arrays, **self._arguments), strict=True):
-                found[index] = self._detections(result, images[index])
+    def detect(self, images: Sequence[Image.Image | _Prepared | None], image_ids: Sequence[str]) -> list[Detections]:
+        """The detections of each image (or of what `prepare` made of it), most confident first, clipped to the image."""
+        prepared = [image if isinstance(image, _Prepared) else self.prepare(image) for image in images]
+        found = [Detections.none() for _ in prepared]
+        seen = [index for index, image in enumerate(prepared) if image.pixels is not None]
+        for start in range(0, len(seen), self._batch):
+            batch = seen[start : start + self._batch]
+            rows = self._run([prepared[index].pixels for index in batch])
+            for index, one in zip(batch, rows, strict=True):
+                found[index] = self._detections(one, prepared[index].size)
         return found
 
-    def _detections(self, result: Any, image: Image.Image) -> Detections:
-        rows = result.boxes.data.float().cpu().numpy()  # [D, 6]: xyxy, score, class
-        width, height = image.size
-        boxes = np.clip(rows[:, :4].astype(np.float64), 0, [width, height, width, height])
-        return Detections(boxes, [self.names[int(index)] for index in rows[:, 5]], rows[:, 4].astype(np.float64))
+    @torch.inference_mode()
+    def _run(self, pixels: list[np.ndarray]) -> list[torch.Tensor]:
+        """Rows [D, 6] for each image, on the CPU: xyxy in the square, score, class; the best score first."""
+        from ultralytics.utils.nms import non_max_suppression
 
-
-def load_detector(folder: Path | str, config: FlismConfig, device: torch.device | None = None) -> Detector | None:
-    """The detector stored in `folder`, or None where the base has none.
-
-    Raises ModelError if the folder is missing, or its weights are not the ones recorded.
-    """
-    folder = Path(folder)
-    if not (folder / "detector.json").is_file():
-        raise ModelError(f"{folder / 'detector.json'} does not exist. The step `base` writes it: fast-goal base")
-    info = read_json(folder / "detector.json")
-    if info["kind"] == "none":
-        return None
-    weights = folder / info["file"]
-    if not weights.exists() or _sha256(weights) != info["sha256"]:
-        raise ModelError(
-            f"{weights} is missing or is not the file that detector.json describes. Run the step again: fast-goal base"
+        batch = torch.from_numpy(np.stack(pixels)).to(self._backend.device)
+        batch = batch.permute(0, 3, 1, 2).contiguous().float().div_(255)
+        if self._fixed and len(pixels) < self._batch:
+            batch = torch.cat([batch, batch.new_zeros(self._batch - len(pixels), *batch.shape[1:])])
+        raw = self._backend(batch)
+        rows = non_max_suppression(
+            (raw[0] if isinstance(raw, list | tuple) else raw)[: len(pixels)],
+            self._confidence,
+            self._iou,
+            max_det=MAX_BOXES,
+            end2end=self._backend.end2end,
+            max_time_img=math.inf,  # past its time limit it leaves the images that follow without detections
         )
-    if info["format"] == "safetensors":
-        model = _rebuild(info["architecture"], info["names"], weights)
-    else:
-        model = _open_exported(weights)
-    return Detector(model, info, config, device or default_device())
+        return list(torch.cat(rows).float().cpu().split([len(one) for one in rows]))
+
+    def _detections(self, rows: torch.Tensor, size: tuple[int, int]) -> Detections:
+        from ultralytics.utils.ops import scale_boxes
+
+        width, height = size
+        boxes = scale_boxes(self._shape, rows[:, :4].clone(), (height, width)).numpy().astype(np.float64)
+        labels = [self.names[int(index)] for index in rows[:, 5]]
+        return Detections(boxes, labels, rows[:, 4].numpy().astype(np.float64))
+
+    @staticmethod
+    def obtain(config: DetectorConfig, folder: Path, dataset: Dataset, seed: int) -> dict[str, Any]:
+        """Takes `config.weights`, see `_obtain`."""
+        return _obtain(config, folder)
+
+    @classmethod
+    def load(
+        cls, folder: Path, info: dict[str, Any], config: FlismConfig, dataset: Dataset | None, device: torch.device
+    ) -> UltralyticsDetector:
+        """Rebuilds the model from its safetensors, or opens the exported file."""
+        weights = folder / info["file"]
+        check_file(weights, info["sha256"])
+        if info["format"] == "safetensors":
+            model = _rebuild(info["architecture"], info["names"], weights)
+        else:
+            model = _checked_export(weights)
+        return cls(_backend(model, device), info, config)
 
 
-def obtain_detector(config: DetectorConfig, folder: Path | str) -> dict[str, Any]:
-    """Stores the detector that `config` names (kind `ultralytics` or `none`) in `folder`; returns detector.json.
+@detector("trained")
+class TrainedDetector(UltralyticsDetector):
+    """One trained by the step `base`."""
+
+    @staticmethod
+    def obtain(config: DetectorConfig, folder: Path, dataset: Dataset, seed: int) -> dict[str, Any]:
+        """See `train_detector`."""
+        return train_detector(dataset, config, folder, seed)
+
+
+def _obtain(config: DetectorConfig, folder: Path) -> dict[str, Any]:
+    """Stores the detector that `config` names in `folder`; returns its detector.json.
 
     `weights` is an official name (`yolo11n.pt`, downloaded by ultralytics from its own releases and trusted), a local
     .pt (only with `trust_pickle`, because opening it runs whatever code it holds), or a local exported model, file or
     folder. Raises ConfigError or ModelError with the way out.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if config.kind == "none":
-        info = {"kind": "none"}
-        write_json(folder / "detector.json", info)
-        return info
     prepare_ultralytics()
     from ultralytics.nn.autobackend import AutoBackend
     from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
@@ -139,37 +182,34 @@ def obtain_detector(config: DetectorConfig, folder: Path | str) -> dict[str, Any
                 f"base.detector.weights = {config.weights!r} is a pickle: opening it runs whatever code it holds. If you "
                 "trust its origin, set base.detector.trust_pickle=true; else give an exported model (.onnx, .tflite)."
             )
-        info = _store_torch(config, source, folder)
-    elif not source.exists():
+        return _store_torch(config, source, folder)
+    if not source.exists():
         raise ModelError(
             f"base.detector.weights = {config.weights!r} does not exist. Give a path to a model, or {NO_DETECTOR}."
         )
-    else:
-        format_name = AutoBackend._model_type(str(source))
-        if format_name == "pt":  # `.pt` in the middle of the name; ultralytics would open it as a pickle
-            raise ConfigError(
-                f"base.detector.weights = {config.weights!r} would be opened as a pickle, which runs whatever code it holds. "
-                "If you trust its origin, rename it so that it ends in .pt and set base.detector.trust_pickle=true."
-            )
-        if format_name not in AutoBackend._BACKEND_MAP:
-            raise ConfigError(
-                f"base.detector.weights = {config.weights!r} is not in a format that ultralytics runs. An architecture (.yaml) "
-                "belongs to base.detector.kind=trained."
-            )
-        info = _store_exported(config, source, folder, format_name)
-    write_json(folder / "detector.json", info)
-    return info
+    format_name = AutoBackend._model_type(str(source))
+    if format_name == "pt":  # `.pt` in the middle of the name; ultralytics would open it as a pickle
+        raise ConfigError(
+            f"base.detector.weights = {config.weights!r} would be opened as a pickle, which runs whatever code it holds. "
+            "If you trust its origin, rename it so that it ends in .pt and set base.detector.trust_pickle=true."
+        )
+    if format_name not in AutoBackend._BACKEND_MAP:
+        raise ConfigError(
+            f"base.detector.weights = {config.weights!r} is not in a format that ultralytics runs. An architecture (.yaml) "
+            "belongs to base.detector.kind=trained."
+        )
+    return _store_exported(config, source, folder, format_name)
 
 
-def train_detector(dataset: Dataset, config: DetectorConfig, folder: Path | str, seed: int) -> dict[str, float]:
+def train_detector(dataset: Dataset, config: DetectorConfig, folder: Path, seed: int) -> dict[str, Any]:
     """Trains the architecture `config.weights` from scratch on the true boxes of `dataset` and stores it in `folder`.
 
     It learns one class, `object`: FLISM needs to know where things are, and a few hundred images teach a small network
     that long before they teach it to tell sixteen shapes apart.
     The images are a seeded sample of `config.images` of the split `config.split`, of those with at least two objects
     (a close-up teaches a box around the whole image) where there are any; a tenth of them is held out and chosen
-    nothing by. Returns the mAP50 on the held-out images (fraction), their numbers, and seconds. Raises ConfigError if
-    the data set has no boxes or the architecture is unknown.
+    nothing by. Returns its detector.json with `metrics`: the mAP50 on the held-out images (fraction), their numbers, and
+    seconds. Raises ConfigError if the data set has no boxes or the architecture is unknown.
     """
     begin = time.monotonic()
     chosen, objects = _training_sample(dataset, config, seed)
@@ -185,8 +225,6 @@ def train_detector(dataset: Dataset, config: DetectorConfig, folder: Path | str,
             f"base.detector.weights = {config.weights!r} is no architecture ({error}). kind=trained needs one that "
             "ultralytics knows, such as yolo11n.yaml, or the path of one."
         ) from None
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fast-goal-detector-") as temporary:
         data, counts = _write_yolo_dataset(dataset, chosen, objects, Path(temporary))
         trainer = DetectionTrainer(
@@ -224,9 +262,8 @@ def train_detector(dataset: Dataset, config: DetectorConfig, folder: Path | str,
         }
     _save_state(model, folder / WEIGHTS_FILE, save_file)
     metrics["seconds"] = time.monotonic() - begin
-    info = _info("trained", config, folder, WEIGHTS_FILE, "safetensors", [TRAINED_CLASS], config.image_size)
-    write_json(folder / "detector.json", {**info, "architecture": _architecture(model), "metrics": metrics})
-    return metrics
+    info = _info(config, folder, WEIGHTS_FILE, "safetensors", [TRAINED_CLASS], config.image_size)
+    return {**info, "architecture": _architecture(model), "metrics": metrics}
 
 
 def prepare_ultralytics() -> None:
@@ -350,8 +387,8 @@ def _store_torch(config: DetectorConfig, source: Path, folder: Path) -> dict[str
         )
     names = [model.names[index] for index in range(len(model.names))]
     _save_state(model, folder / WEIGHTS_FILE, save_file)
-    info = _info("ultralytics", config, folder, WEIGHTS_FILE, "safetensors", names, config.image_size)
-    return {**info, "source_sha256": _sha256(source), "architecture": _architecture(model)}
+    info = _info(config, folder, WEIGHTS_FILE, "safetensors", names, config.image_size)
+    return {**info, "source_sha256": sha256_of(source), "architecture": _architecture(model)}
 
 
 def _store_exported(config: DetectorConfig, source: Path, folder: Path, format_name: str) -> dict[str, Any]:
@@ -362,10 +399,11 @@ def _store_exported(config: DetectorConfig, source: Path, folder: Path, format_n
             shutil.copytree(source, target, dirs_exist_ok=True)
         else:
             shutil.copyfile(source, target)
-    model = _open_exported(target)
     try:
-        blank = np.zeros((config.image_size, config.image_size, 3), dtype=np.uint8)
-        model.predict([blank], imgsz=config.image_size, rect=False, verbose=False, device="cpu", project=_runs_folder())
+        backend = _backend(_checked_export(target), torch.device("cuda" if format_name == "engine" else "cpu"))
+        shape = _input_shape(backend, config.image_size)
+        with torch.inference_mode():
+            backend(torch.zeros(1, 3, *shape, device=backend.device))
     except ModelError:
         raise
     except Exception as error:
@@ -374,39 +412,54 @@ def _store_exported(config: DetectorConfig, source: Path, folder: Path, format_n
             f"base.detector.weights = {config.weights!r} ({format_name}) could not be run at base.detector.image_size = "
             f"{config.image_size}: {type(error).__name__}: {error}"
         ) from error
-    backend = model.predictor.model
+    if backend.task not in (None, "detect"):
+        raise ModelError(
+            f"base.detector.weights = {config.weights!r} is a model for the task {backend.task!r}, not a plain detection model."
+        )
     names = [backend.names[index] for index in range(len(backend.names))]
-    return _info("ultralytics", config, folder, target.name, format_name, names, int(max(model.predictor.imgsz)))
+    return _info(config, folder, target.name, format_name, names, max(shape))
 
 
-def _open_exported(path: Path) -> Any:
+def _checked_export(path: Path) -> str:
+    """The path of an exported model, for `_backend`. Raises ModelError where its runtime is missing."""
     if path.suffix == ".tflite":
         try:
             import ai_edge_litert.interpreter  # noqa: F401
         except ImportError:
             raise ModelError(f'{path} needs the LiteRT runtime: pip install "fast-goal[tflite]"') from None
+    return str(path)
+
+
+def _backend(model: Any, device: torch.device) -> Any:
+    """A model or an exported file under ultralytics' one interface: a batch [B, 3, H, W] in 0..1 to raw predictions.
+
+    As `predict` sets it up: layers fused, full precision, suppression outside of the model.
+    """
     prepare_ultralytics()
-    from ultralytics import YOLO
+    from ultralytics.nn.autobackend import AutoBackend
 
-    return YOLO(str(path), task="detect")
+    return AutoBackend(model, device=device, fp16=False, fuse=True, verbose=False, end2end=False).eval()
 
 
-def _rebuild(architecture: dict[str, Any], names: list[str], weights: Path) -> Any:
-    """A YOLO object around a model built from its architecture, with the weights of a safetensors file."""
+def _input_shape(backend: Any, image_size: int) -> tuple[int, int]:
+    """(height, width) of what the model takes: its own where it is exported for one, else the square of `image_size`."""
+    from ultralytics.utils.checks import check_imgsz
+
+    fixed = None if backend.dynamic else getattr(backend, "imgsz", None)
+    height, width = check_imgsz(fixed or image_size, stride=backend.stride, min_dim=2)
+    return height, width
+
+
+def _rebuild(architecture: dict[str, Any], names: list[str], weights: Path) -> torch.nn.Module:
+    """The model of an architecture with the weights of a safetensors file."""
     prepare_ultralytics()
     from safetensors.torch import load_file
-    from ultralytics import YOLO
     from ultralytics.nn.tasks import DetectionModel
-    from ultralytics.utils import DEFAULT_CFG_DICT
 
-    yolo = YOLO("yolo11n.yaml", task="detect")  # YOLO() starts from a file; this one comes with ultralytics
     model = DetectionModel(copy.deepcopy(architecture), ch=architecture.get("channels", 3), nc=len(names), verbose=False)
     model.load_state_dict(load_file(weights))
     model.names = dict(enumerate(names))
-    model.args = {**DEFAULT_CFG_DICT, "task": "detect"}
-    model.task = "detect"
-    yolo.model = model.eval()
-    return yolo
+    return model.eval()
 
 
 def _save_state(model: torch.nn.Module, path: Path, save_file: Any) -> None:
@@ -422,21 +475,16 @@ def _architecture(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _info(
-    kind: str, config: DetectorConfig, folder: Path, file: str, format_name: str, names: list[str], image_size: int
+    config: DetectorConfig, folder: Path, file: str, format_name: str, names: list[str], image_size: int
 ) -> dict[str, Any]:
     return {
-        "kind": kind,
         "weights": config.weights,
         "format": format_name,
         "file": file,
-        "sha256": _sha256(folder / file),
+        "sha256": sha256_of(folder / file),
         "names": names,
         "image_size": image_size,
     }
-
-
-def _sha256(path: Path) -> str:
-    return tree_digest(path, length=64) if path.is_dir() else file_digest(path, length=64)
 
 
 def _runs_folder() -> str:

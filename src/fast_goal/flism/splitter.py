@@ -1,0 +1,156 @@
+"""Splits and tokenizes captions in a process of its own (`python -m fast_goal.flism.splitter CONTEXT_LENGTH`).
+
+The splitter is pure Python, some milliseconds for a caption, and in a thread it would hold up the decoding of images and
+the feeding of a GPU. Messages are pickles between this program and its own child, over a pipe; the child ends when
+the pipe closes, also after a kill of the parent.
+
+`S` sentences, `L` tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import struct
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from fast_goal.data.captions import split_sentences, tokenize
+from fast_goal.errors import DataError
+
+AT_ONCE = 16  # captions in one message
+
+
+class Split(NamedTuple):
+    """Of one caption: where its sentences start and end, int32 [S, 2]; and for each, unless it was not asked for, its
+    token ids uint16 [L] and the length of the whole text in tokens."""
+
+    spans: np.ndarray
+    tokens: list[tuple[np.ndarray, int]] | None
+
+
+def split(captions: Sequence[str], context_length: int | None) -> list[Split]:
+    """The sentences of each caption, tokenized unless `context_length` is None."""
+    results = []
+    for caption in captions:
+        sentences = split_sentences(caption)
+        tokens = None
+        if context_length is not None:
+            ids, lengths = tokenize([sentence.text for sentence in sentences], context_length)
+            counts = lengths.tolist()
+            tokens = [(row[:count].astype(np.uint16), count) for row, count in zip(ids.numpy(), counts, strict=True)]
+        results.append(Split(np.array([[s.start, s.end] for s in sentences], np.int32).reshape(-1, 2), tokens))
+    return results
+
+
+class Splitter:
+    """`submit` splits captions in the background: in child processes, or with `processes` = 0 in a thread."""
+
+    def __init__(self, context_length: int, processes: int):
+        self._pool = ThreadPoolExecutor(1, "sentences")
+        self._children = [_Child(context_length) for _ in range(processes)]
+        self._next = 0
+
+    def submit(self, captions: Sequence[str]) -> list[Future[list[Split]]]:
+        """Futures of the results, in order: together one for each caption."""
+        parts = [captions[start : start + AT_ONCE] for start in range(0, len(captions), AT_ONCE)]
+        if not self._children:
+            return [self._pool.submit(split, part, None) for part in parts]
+        futures = []
+        for part in parts:
+            futures.append(self._children[self._next].submit(part))
+            self._next = (self._next + 1) % len(self._children)
+        return futures
+
+    def close(self) -> None:
+        """Ends what runs beside."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for child in self._children:
+            child.close()
+
+
+class _Child:
+    """A child process; one thread writes to it and one reads from it, so that neither side waits on a full pipe."""
+
+    def __init__(self, context_length: int):
+        command = [sys.executable, "-m", __name__, str(context_length)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._futures: deque[Future[list[Split]]] = deque()
+        self._writer = ThreadPoolExecutor(1, "splitter")
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def submit(self, captions: Sequence[str]) -> Future[list[Split]]:
+        future: Future[list[Split]] = Future()
+        self._writer.submit(self._write, list(captions), future)
+        return future
+
+    def _write(self, captions: list[str], future: Future[list[Split]]) -> None:
+        self._futures.append(future)
+        try:
+            _send(self._process.stdin, captions)
+        except (OSError, ValueError):  # the child is gone: the reader fails the futures
+            self._fail()
+
+    def _read(self) -> None:
+        try:
+            while (result := _receive(self._process.stdout)) is not None:
+                self._futures.popleft().set_result([Split(*one) for one in result])
+        finally:
+            self._fail()
+
+    def _fail(self) -> None:
+        while self._futures:
+            try:
+                future = self._futures.popleft()
+            except IndexError:
+                return
+            future.set_exception(DataError("the process that splits captions ended. Run the step again: it goes on."))
+
+    def close(self) -> None:
+        self._writer.shutdown(wait=False, cancel_futures=True)
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):  # what was still to be written
+                stream.close()
+
+
+def _send(stream: IO[bytes], value: Any) -> None:
+    data = pickle.dumps(value)
+    stream.write(struct.pack("<Q", len(data)) + data)
+    stream.flush()
+
+
+def _receive(stream: IO[bytes]) -> Any:
+    """The next message, None at the end of the stream."""
+    try:
+        head = stream.read(8)
+        data = stream.read(struct.unpack("<Q", head)[0]) if len(head) == 8 else b""
+        return pickle.loads(data) if data else None
+    except (OSError, ValueError, EOFError, pickle.UnpicklingError):
+        return None
+
+
+def main() -> None:
+    """The child: reads lists of captions until its input closes."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
+    context_length = int(sys.argv[1])
+    output, sys.stdout = sys.stdout.buffer, sys.stderr  # nothing that a library prints may get between the messages
+    while (captions := _receive(sys.stdin.buffer)) is not None:
+        try:
+            _send(output, [tuple(one) for one in split(captions, context_length)])  # here the class is another: __main__'s
+        except BrokenPipeError:
+            return
+
+
+if __name__ == "__main__":
+    main()
