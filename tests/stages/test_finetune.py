@@ -4,11 +4,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from small_training import RecordingTracker, params, write_project
 
+from fast_goal import stages
+from fast_goal.config import to_dict
 from fast_goal.data.images import View
 from fast_goal.errors import DataError
+from fast_goal.files import read_json
 from fast_goal.model.clip import Clip, build_scratch
 from fast_goal.stages import finetune
 from fast_goal.training import loop
@@ -31,7 +35,7 @@ def kill_after(monkeypatch, step: int, *overrides: str) -> None:
 
     def kill(*arguments):
         save(*arguments)
-        if arguments[-1]["step"] == step:
+        if arguments[4]["step"] == step:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
@@ -124,3 +128,17 @@ def test_without_a_validation_split_nothing_is_measured(tmp_path, monkeypatch, i
     write_project({"train": 5, "val": images})
     finetune.main(params(), RecordingTracker())
     assert all("loss" in record for record in history())
+
+
+def test_two_processes_share_the_step(monkeypatch):
+    values = params("finetune.processes=2", "finetune.batch_size=4")
+    Path("params.yaml").write_text(yaml.safe_dump(to_dict(values), sort_keys=False))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{Path.cwd() / 'mlflow.db'}")
+    stages.run("finetune")
+    shared = history()
+    assert read_json("models/finetune/metrics.json")["steps"] == 6
+    finetune.main(params("finetune.batch_size=4"), RecordingTracker())
+    alone = history()
+    assert [record["step"] for record in shared] == [record["step"] for record in alone]
+    losses = [[record["loss"] for record in curve if "loss" in record] for curve in (shared, alone)]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)

@@ -95,6 +95,7 @@ def make_scenes(tmp_path) -> Callable[..., tuple[Dataset, pd.DataFrame]]:
                     "char_start": sentence.start,
                     "char_end": sentence.end,
                     **dict(zip(["x1", "y1", "x2", "y2"], box, strict=True)),
+                    "weight": 1.0,
                 }
             )
         records = pd.concat([pd.DataFrame(rows).assign(split=split) for split in ("train", "pretrain")])

@@ -14,11 +14,13 @@ from fast_goal.data.captions import tokenize
 from fast_goal.data.images import View
 from fast_goal.errors import DataError
 from fast_goal.training import batches as batches_module
-from fast_goal.training.batches import EpochBatches, Loader, PairDataset
+from fast_goal.training.batches import EpochBatches, Loader, PairDataset, spread
 
 
 def same(a, b) -> bool:
-    return all(torch.equal(value, vars(b)[name]) for name, value in vars(a).items())
+    return a.rank_pairs == b.rank_pairs and all(
+        torch.equal(value, vars(b)[name]) for name, value in vars(a).items() if isinstance(value, torch.Tensor)
+    )
 
 
 def test_batch_holds_what_the_tables_say(make_scenes, tiny_clip):
@@ -203,7 +205,11 @@ def test_batch_moves_whole(make_scenes, tiny_clip):
     dataset, pairs = make_scenes()
     batch = PairDataset(dataset, "train", pairs, tiny_clip())[[0, 1]]
     moved = batch.to(torch.device("meta"))
-    assert {field.name for field in dataclasses.fields(moved) if getattr(moved, field.name).device.type != "meta"} == set()
+    assert {
+        field.name
+        for field in dataclasses.fields(moved)
+        if field.name != "rank_pairs" and getattr(moved, field.name).device.type != "meta"
+    } == set()
 
 
 def test_a_worker_ends_with_the_training_it_works_for():
@@ -215,3 +221,34 @@ def test_a_worker_ends_with_the_training_it_works_for():
     trainer.kill()
     trainer.wait()
     assert worker.wait(timeout=30) == 1
+
+
+@pytest.mark.parametrize(("samples", "groups", "batch"), [(12, 6, 4), (30, 11, 5), (9, 9, 3), (20, 5, 4)])
+def test_no_two_of_a_group_in_a_batch(samples, groups, batch):
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        of = (torch.arange(samples) % groups).tolist()
+        order = torch.randperm(samples, generator=generator).tolist()
+        made = spread(order, of, batch)
+        assert sorted(made) == list(range(samples))
+        crowded = [
+            part for part in range(0, samples - batch + 1, batch) if len({of[i] for i in made[part : part + batch]}) < batch
+        ]
+        # the end may have nobody else left
+        assert not [part for part in crowded if part < samples - 2 * batch], (seed, made)
+        if groups == samples:
+            assert made == order
+
+
+def test_more_of_a_group_than_batches_meet_at_the_end():
+    assert spread([0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 1, 2], 2) == [0, 4, 1, 5, 2, 3]
+
+
+def test_copies_of_a_picture_do_not_meet(make_scenes, tiny_clip):
+    dataset, pairs = make_scenes()
+    records = dataset.records.assign(content_hash=[f"{index % 4}" for index in range(len(dataset.records))])
+    samples = PairDataset(dataclasses.replace(dataset, records=records), "train", pairs, tiny_clip())
+    loader = Loader(samples, 4, seed=0)
+    for step in range(3):
+        ids = loader.image_ids(step)
+        assert len({int(name.removeprefix("image")) % 4 for name in ids}) == 4

@@ -1,5 +1,7 @@
 """The training step against a slow formulation of the method, and trainings that are cut off and continued."""
 
+import copy
+import os
 import pickle
 import signal
 import subprocess
@@ -7,32 +9,47 @@ import sys
 import textwrap
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
 from fast_goal.config import FinetuneConfig
-from fast_goal.data.captions import tokenize
+from fast_goal.data.captions import split_sentences, tokenize
 from fast_goal.data.images import View
 from fast_goal.errors import ConfigError, FastGoalError
 from fast_goal.objectives import make_objective
 from fast_goal.training import loop as loop_module
 from fast_goal.training.batches import PairDataset
-from fast_goal.training.loop import autocast_dtype, batch_features, finetune, train_step
+from fast_goal.training.loop import autocast_dtype, finetune
 from fast_goal.training.schedule import make_optimizer
+from fast_goal.training.step import TrainStep, batch_features
 
 WEIGHTS = {"global": 1.0, "local": 0.5, "tsl_image": 1.0, "tsl_text": 1.0}
 GLOBAL = {"global": 1.0, "local": 0.0, "tsl_image": 0.0, "tsl_text": 0.0}
 CPU = torch.device("cpu")
 CONFIG = FinetuneConfig(
     view="crop",
+    pairs="best",
     precision="auto",
     gradient_clip=None,
+    max_logit_scale=None,
+    decayed="all",
+    freeze=[],
+    result="last",
+    patience=None,
+    ema=None,
+    checkpointing=False,
+    compile=False,
+    length_groups=False,
+    accumulate=1,
+    layer_decay=1.0,
     epochs=2,
     batch_size=4,
     learning_rate=1e-3,
     weight_decay=0.05,
     warmup_steps=0,
+    processes=1,
     workers=0,
     log_every=2,
     save_every=2,
@@ -61,6 +78,7 @@ def reference(clip, dataset, pairs, indices):
     model, size, patch = clip.model, clip.image_size, clip.patch_size
     records, grid = dataset.split("train"), clip.image_size // clip.patch_size
     images, texts, crops, sentences, regions, spans = [], [], [], [], [], []
+    owners, weights = [], []
 
     def encode_image(pixels):
         return unit(model.encode_image(pixels[None])[0])
@@ -76,6 +94,8 @@ def reference(clip, dataset, pairs, indices):
             images.append(encode_image(pixels))
             texts.append(encode_text(record.long_caption))
             for pair in pairs[pairs.image_id == record.image_id].itertuples():
+                owners.append(index)
+                weights.append(pair.weight)
                 part = image.crop((int(pair.x1), int(pair.y1), int(-(-pair.x2 // 1)), int(-(-pair.y2 // 1))))
                 crops.append(encode_image(View(part.width, part.height, size).apply(part)))
                 sentences.append(encode_text(pair.sentence))
@@ -95,25 +115,30 @@ def reference(clip, dataset, pairs, indices):
                 seen = [tokens[0, at] for at in range(1 + before, 1 + before + count) if at < clip.context_length - 1]
                 spans.append(unit(model.ln_final(sum(seen) / len(seen)) @ model.text_projection) if seen else None)
 
-    def contrast(left, right):
-        losses = []
-        for own, (queries, candidates) in ((i, s) for i in range(len(left)) for s in ((left, right), (right, left))):
-            logits = torch.stack([model.logit_scale.exp() * queries[own] @ candidate for candidate in candidates])
-            losses.append(torch.logsumexp(logits, 0) - logits[own])
-        return sum(losses) / len(losses)
+    def contrast(left, right, owners, weights):
+        total = 0.0
+        for own in range(len(left)):
+            others = [i for i in range(len(left)) if i == own or owners[i] != owners[own]]
+            for queries, candidates in ((left, right), (right, left)):
+                logits = {i: model.logit_scale.exp() * queries[own] @ candidates[i] for i in others}
+                total = total + weights[own] * (torch.logsumexp(torch.stack(list(logits.values())), 0) - logits[own])
+        return total / sum(weights) / 2
 
     def tsl(pooled, targets):
-        visible = [(1 - a @ b) ** 2 for a, b in zip(pooled, targets, strict=True) if a is not None]
-        return sum(visible) / len(visible)
+        seen = [(w, (1 - a @ b) ** 2) for w, a, b in zip(weights, pooled, targets, strict=True) if a is not None]
+        return sum(w * error for w, error in seen) / sum(w for w, _ in seen)
 
-    terms = {"global": contrast(images, texts)}
+    terms = {"global": contrast(images, texts, list(range(len(images))), [1.0] * len(images))}
     if crops:
-        terms["local"] = contrast(crops, sentences)
+        terms["local"] = contrast(crops, sentences, owners, weights)
         terms["tsl_image"], terms["tsl_text"] = tsl(regions, crops), tsl(spans, sentences)
     return terms | {"loss": sum(WEIGHTS[name] * value for name, value in terms.items())}
 
 
-@pytest.mark.parametrize("case", ["all pairs", "some without a pair", "hidden box and sentence", "no pair at all"])
+CASES = ["all pairs", "some without a pair", "hidden box and sentence", "no pair at all", "several weighted pairs"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_step_equals_the_slow_formulation(make_scenes, tiny_clip, case):
     dataset, pairs = make_scenes()
     indices, length = [7, 1, 4, 2], 40
@@ -128,11 +153,28 @@ def test_step_equals_the_slow_formulation(make_scenes, tiny_clip, case):
         dataset.records.loc[dataset.records.image_id == "image2", "long_caption"] = caption
         pairs.loc[2, ["char_start", "char_end"]] = [len(first) + 1, len(caption)]
         length = 20
+    if case == "several weighted pairs":
+        second = pairs[pairs.image_id.isin(["image1", "image4"])].assign(rank=2, x1=0.0, y1=2.0, x2=34.0, weight=0.25)
+        for row in second.index:
+            caption = dataset.records.loc[dataset.records.image_id == second.loc[row, "image_id"], "long_caption"].iloc[0]
+            last = split_sentences(caption)[2]
+            second.loc[row, ["sentence", "char_start", "char_end"]] = [last.text, last.start, last.end]
+        pairs.loc[second.index, "weight"] = 0.75
+        pairs = pd.concat([pairs, second], ignore_index=True)
     clip, slow = tiny_clip(length), tiny_clip(length)
     expected = reference(slow, dataset, pairs, indices)
     expected["loss"].backward()
 
-    batch = PairDataset(dataset, "train", pairs, clip)[indices]
+    batch = PairDataset(dataset, "train", pairs, clip, best=False)[indices]
+    if case == "several weighted pairs":
+        assert batch.local_rows.tolist() == [0, 1, 1, 2, 2, 3] and batch.local_weights.tolist() == [
+            1,
+            0.75,
+            0.25,
+            0.75,
+            0.25,
+            1,
+        ]
     if case == "hidden box and sentence":
         assert batch.boxes[2].tolist() == [0] * 4 and batch.spans[3].tolist() == [0, 0]
     terms = fast_goal()(batch_features(clip, batch))
@@ -160,7 +202,7 @@ def test_gradient_clip_bounds_the_update(make_scenes, tiny_clip):
     dataset, pairs = make_scenes()
     clip = tiny_clip()
     batch = PairDataset(dataset, "train", pairs, clip)[[0, 1, 2]]
-    train_step(clip, batch, fast_goal(), make_optimizer(clip.parameters(), 0.0, 0.0), gradient_clip=1e-3)
+    TrainStep(clip, fast_goal(), make_optimizer(clip.parameters(), 0.0, 0.0), gradient_clip=1e-3)([batch])
     norm = sum(parameter.grad.square().sum() for parameter in clip.parameters()).sqrt()
     assert norm.item() == pytest.approx(1e-3, rel=1e-3)
 
@@ -213,7 +255,7 @@ def test_resume_is_bit_identical(make_scenes, tiny_clip, tmp_path, killed_after)
     def kill(*arguments):
         # after a state was written, as a kill -9 there would
         save(*arguments)
-        if arguments[-1]["step"] == killed_after:
+        if arguments[4]["step"] == killed_after:
             raise Killed
 
     save = loop_module.save_state
@@ -316,7 +358,7 @@ def test_precision_on_a_cpu(make_scenes, tiny_clip):
     batch = PairDataset(dataset, "train", pairs, clip)[[0, 1, 2]]
     exact, rounded = batch_features(clip, batch), batch_features(clip, batch, torch.bfloat16)
     for name, value in vars(rounded).items():
-        assert value.dtype == torch.float32
+        assert value.dtype == (torch.int64 if name == "local_rows" else torch.float32)
         torch.testing.assert_close(value, getattr(exact, name), atol=0.05, rtol=0)
     assert not torch.equal(rounded.image_global, exact.image_global)
 
@@ -337,3 +379,119 @@ def test_gpu_trains_in_bfloat16_and_resumes(make_scenes, tiny_clip, tmp_path):
     summary = run(tiny_clip(), dataset, pairs, tmp_path, device=gpu)
     assert summary["precision"] == "bf16" and summary["steps"] == 6
     assert run(tiny_clip(), dataset, pairs, tmp_path, device=gpu)["resumed_at_step"] == 6
+
+
+def test_the_average_is_the_result_and_survives_a_kill(make_scenes, tiny_clip, tmp_path, monkeypatch):
+    dataset, pairs = make_scenes()
+    config, decay = replace(CONFIG, ema=0.5), 0.5
+    seen = []
+
+    class Noted(TrainStep):
+        def __call__(self, parts):
+            values = super().__call__(parts)
+            seen.append({name: value.detach().clone() for name, value in self.clip.named_parameters()})
+            return values
+
+    measured = []
+    whole = tiny_clip()
+    with monkeypatch.context() as patched:
+        patched.setattr(loop_module, "TrainStep", Noted)
+        measure = lambda clip, epoch: measured.append(copy.deepcopy(clip.state_dict())) or {"val": 1.0}  # noqa: E731
+        run(whole, dataset, pairs, tmp_path, config, on_epoch=measure)
+    expected = seen[0]
+    for weights in seen[1:]:
+        expected = {name: decay * expected[name] + (1 - decay) * weights[name] for name in weights}
+    for name, value in whole.named_parameters():
+        torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+        assert torch.equal(value, measured[-1][name])  # what is measured is what results
+
+    save = loop_module.save_state
+
+    def kill(*arguments):
+        save(*arguments)
+        if arguments[4]["step"] == 4:
+            raise KeyboardInterrupt
+
+    (tmp_path / "killed").mkdir()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(loop_module, "save_state", kill)
+        run(tiny_clip(), dataset, pairs, tmp_path / "killed", config)
+    continued = tiny_clip(seed=9)
+    run(continued, dataset, pairs, tmp_path / "killed", config)
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in continued.state_dict().items())
+
+
+def test_accumulation_leaves_the_curve_as_it_is(make_scenes, tiny_clip, tmp_path):
+    dataset, pairs = make_scenes()
+    curves = []
+    for parts in (1, 2):
+        (tmp_path / str(parts)).mkdir()
+        curve, config = [], replace(CONFIG, accumulate=parts, log_every=1)
+        run(tiny_clip(), dataset, pairs, tmp_path / str(parts), config, on_step=lambda _, record, to=curve: to.append(record))
+        curves.append([[record[name] for name in (*WEIGHTS, "loss")] for record in curve])
+    torch.testing.assert_close(torch.tensor(curves[1]), torch.tensor(curves[0]), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_best_epoch_can_be_the_result(make_scenes, tiny_clip, tmp_path, monkeypatch, killed):
+    dataset, pairs = make_scenes()
+    config, scores, seen = replace(CONFIG, epochs=4, result="best"), [1.0, 3.0, 3.0, 2.0], {}
+
+    def measure(clip, epoch):
+        seen[epoch] = copy.deepcopy(clip.state_dict())
+        return {"val": scores[epoch - 1]}
+
+    if killed:
+        save = loop_module.save_state
+
+        def kill(*arguments):
+            save(*arguments)
+            if arguments[4]["step"] == 9:  # after the third epoch
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(loop_module, "save_state", kill)
+            run(tiny_clip(), dataset, pairs, tmp_path, config, on_epoch=measure)
+    clip = tiny_clip()
+    summary = run(clip, dataset, pairs, tmp_path, config, on_epoch=measure)
+    assert summary["best_epoch"] == 2 and summary["epochs"] == 4
+    assert all(torch.equal(value, seen[2][name]) for name, value in clip.state_dict().items())
+
+
+def test_training_ends_early(make_scenes, tiny_clip, tmp_path):
+    dataset, pairs = make_scenes()
+    scores = [1.0, 3.0, 2.0, 3.0, 9.0]
+    config = replace(CONFIG, epochs=5, patience=2)
+    summary = run(tiny_clip(), dataset, pairs, tmp_path, config, on_epoch=lambda clip, epoch: {"val": scores[epoch - 1]})
+    assert (summary["epochs"], summary["steps"], summary["best_epoch"]) == (4, 12, 2)
+
+
+def test_sigterm_finishes_the_step_and_writes_the_state(make_scenes, tiny_clip, tmp_path):
+    dataset, pairs = make_scenes()
+    config = replace(CONFIG, log_every=1, save_every=1000)
+
+    def on_step(step, record):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        run(tiny_clip(), dataset, pairs, tmp_path, config, on_step=on_step)
+    assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    whole, continued = tiny_clip(), tiny_clip(seed=9)
+    summary = run(continued, dataset, pairs, tmp_path, config)
+    assert summary["resumed_at_step"] == 2
+    (tmp_path / "whole").mkdir()
+    run(whole, dataset, pairs, tmp_path / "whole", config)
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in continued.state_dict().items())
+
+
+def test_lack_of_memory_says_what_to_set(make_scenes, tiny_clip, tmp_path, monkeypatch):
+    dataset, pairs = make_scenes()
+
+    def fails(self, parts):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(TrainStep, "__call__", fails)
+    with pytest.raises(FastGoalError, match=r"4 samples in 1 part.*finetune\.accumulate=2.*finetune\.checkpointing=true"):
+        run(tiny_clip(), dataset, pairs, tmp_path)

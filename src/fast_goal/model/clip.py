@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE, WEIGHTS_FILE, INFO_FILE = "open_clip_config.json", "open_clip_model.safetensors", "fast_goal.json"
 VOCABULARY = 49408  # CLIP's byte pairs; the tokenizer of data/captions.py knows no other
+LAST = ("ln_post", "proj", "ln_final", "text_projection", "logit_scale")  # parameters that follow the last block
 RESIZE_MODES = {"shortest": "crop", "squash": "squash", "longest": "pad"}  # open_clip's words -> View's
 
 
@@ -121,6 +122,26 @@ class Clip(nn.Module):
         from fast_goal.data.images import View
 
         return View(width, height, size=self.image_size, mode=self.view_mode, mean=self.mean, std=self.std)
+
+    def depths(self) -> dict[str, tuple[str, int]]:
+        """Of every parameter by name: its tower (`image`, `text`, or `both` for the logit scale), and how many blocks lie
+        from it to its tower's end: 0 after the last block, 1 in it, one more than all blocks in the embeddings."""
+        found = {}
+        for name, _ in self.named_parameters():
+            own = name.removeprefix("model.")
+            tower = "both" if own == "logit_scale" else "image" if own.startswith("visual.") else "text"
+            blocks = len((self.model.visual if tower == "image" else self.model).transformer.resblocks)
+            parts = own.split(".")
+            if "resblocks" in parts:
+                depth = blocks - int(parts[parts.index("resblocks") + 1])
+            else:
+                depth = 0 if any(part in LAST for part in parts) else blocks + 1
+            found[name] = tower, depth
+        return found
+
+    def checkpointed(self, on: bool = True) -> None:
+        """Whether the backward pass computes the activations of each block again instead of keeping them."""
+        self.model.set_grad_checkpointing(on)
 
     def stretched(self, context_length: int, keep: int = 20) -> Clip:
         """A copy of this model that reads texts of `context_length` tokens (see `stretch_positions`)."""

@@ -3,7 +3,8 @@
 A module declares itself with `@objective("name", ConfigClass)`; modules are found by name on first use. The section
 `objective` of params.yaml chooses one by its key `name`; the other keys are those of its config class.
 
-Letters: B pairs of whole image and long caption in the batch, P of them with a local pair (0 <= P <= B), D embedding width.
+Letters: B pairs of whole image and long caption in the batch, P local pairs of them (an image may have none or several), D
+embedding width.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class Features:
     image_local, text_local [P, D]: region crops and sentences, encoded by themselves.
     region, sentence [P, D]: the same region and sentence pooled from the tokens of their whole image and long caption.
     region_weight, sentence_weight [P]: 0 where nothing of the region or sentence is visible there, else 1.
+    local_rows [P]: the row of the whole image that a local pair belongs to; None: every pair has an image of its own.
+    local_weight [P]: how much a pair counts, those of one image together 1; None: every pair counts 1.
     scale: the logit scale, exponentiated, a scalar.
     The local ones may be None if the objective's `needs_local` is False.
     """
@@ -41,6 +44,8 @@ class Features:
     sentence: Tensor | None = None
     region_weight: Tensor | None = None
     sentence_weight: Tensor | None = None
+    local_rows: Tensor | None = None
+    local_weight: Tensor | None = None
     scale: Tensor
 
 

@@ -63,12 +63,19 @@ class FastGoal:
             case "global":
                 return clip_loss(features.image_global, features.text_global, features.scale)
             case "local":
-                return clip_loss(features.image_local, features.text_local, features.scale)
+                weight, rows = features.local_weight, features.local_rows
+                return clip_loss(features.image_local, features.text_local, features.scale, weight, rows)
             case "tsl_image":
-                return tsl_loss(features.region, features.image_local, features.region_weight, self.config.target_matrix)
+                weight = _product(features.region_weight, features.local_weight)
+                return tsl_loss(features.region, features.image_local, weight, self.config.target_matrix, features.local_rows)
             case "tsl_text":
-                return tsl_loss(features.sentence, features.text_local, features.sentence_weight, self.config.target_matrix)
+                weight = _product(features.sentence_weight, features.local_weight)
+                return tsl_loss(features.sentence, features.text_local, weight, self.config.target_matrix, features.local_rows)
         raise ValueError(term)
+
+
+def _product(visible: Tensor | None, weight: Tensor | None) -> Tensor | None:
+    return visible if weight is None else weight if visible is None else visible * weight
 
 
 def _at_least_float32(features: Features) -> Features:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -17,8 +18,10 @@ from fast_goal.config import Params, load_params, to_dict
 from fast_goal.environment import prepare
 from fast_goal.errors import ConfigError
 
-STEPS = ("download", "base", "flism", "validate", "finetune", "evaluate", "register")
+STEPS = ("download", "base", "flism", "validate", "publish", "finetune", "evaluate", "register")
 SETTINGS = {"finetune": ("objective", "finetune")}  # sections of params.yaml a step reads; else the one of its name
+
+SHARED = ("finetune",)  # steps that several processes work on
 
 
 def run(step: str) -> None:
@@ -31,11 +34,24 @@ def run(step: str) -> None:
         raise ConfigError(f"unknown step {step!r}. The steps are {', '.join(STEPS)}.")
     prepare()
     params = load_params()
+    module = importlib.import_module(f"fast_goal.stages.{step}")
+    if step in SHARED:
+        from fast_goal.training import distributed
+
+        count = 1 if "RANK" in os.environ else distributed.processes(params.finetune.processes)
+        if count > 1:
+            distributed.launch(count, ["-m", "fast_goal", step])
+            return
+        if distributed.rank():  # rank 0 tells the tracker
+            from fast_goal.tracking import NullTracker
+
+            module.main(params, NullTracker())
+            return
     from fast_goal.tracking.runs import step_run
 
     with _termination_raises(), step_run(step, params) as track:
         track.params(settings(step, params))
-        importlib.import_module(f"fast_goal.stages.{step}").main(params, track)
+        module.main(params, track)
 
 
 def settings(step: str, params: Params) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The step `finetune`: fine-tunes the base CLIP on long captions and local pairs (`fast-goal finetune`).
 
 Writes models/finetune, a folder that open_clip loads, with history.jsonl (a record per logged step and, where there is a
-validation split, one per epoch) and metrics.json. The model is that of the last epoch; the validation recall is there to
-be looked at and chooses nothing.
+validation split, one per epoch) and metrics.json. The model is that of the last epoch; the validation recall chooses
+another only with `finetune.result` best, and ends the training only with `finetune.patience`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ BASE = Path("models/base/clip")
 FLISM = Path("data/flism")
 OUTPUT = Path("models/finetune")
 STATE = Path(".fast_goal/state/finetune")
+# settings that do not change what is learned: a run that lacked memory continues with what the error advised
+NOT_LEARNED = ("processes", "workers", "log_every", "save_every", "accumulate", "checkpointing", "compile")
 MINIMUM_VALIDATION = 2  # images; with one, every recall is 100 %
 
 
@@ -40,6 +42,7 @@ def main(params: Params, track: Tracker) -> None:
     from fast_goal.objectives import make_objective
     from fast_goal.tracking.identity import git_commit
     from fast_goal.training.checkpoint import remove_state
+    from fast_goal.training.distributed import own_device, process_group
     from fast_goal.training.loop import finetune
 
     begin = time.perf_counter()
@@ -53,8 +56,7 @@ def main(params: Params, track: Tracker) -> None:
     track.input(dataset, "training")
     key = digest(
         {
-            # these three do not change what is learned
-            "finetune": {name: value for name, value in settings.items() if name not in ("workers", "log_every", "save_every")},
+            "finetune": {name: value for name, value in settings.items() if name not in NOT_LEARNED},
             "objective": params.objective,
             "seed": params.seed,
             "dataset": dataset.digest,
@@ -69,19 +71,24 @@ def main(params: Params, track: Tracker) -> None:
         track.metrics(measured(record), step=step)
 
     state = STATE / f"{key}.pt"
-    summary = finetune(
-        clip,
-        dataset,
-        pairs,
-        objective,
-        params.finetune,
-        seed=params.seed,
-        device=device(),
-        state_path=state,
-        state_key=key,
-        on_step=on_step,
-        on_epoch=validation(dataset, params, device()),
-    )
+    own = own_device(device())
+    with process_group(own) as group:
+        summary = finetune(
+            clip,
+            dataset,
+            pairs,
+            objective,
+            params.finetune,
+            seed=params.seed,
+            device=own,
+            state_path=state,
+            state_key=key,
+            group=group,
+            on_step=on_step,
+            on_epoch=validation(dataset, params, own),
+        )
+    if not group.main:
+        return
     metrics = {**summary, "training_seconds": summary["seconds"], "seconds": time.perf_counter() - begin}
     clip.save(
         OUTPUT,

@@ -18,14 +18,20 @@ import torch
 from fast_goal.errors import FastGoalError
 from fast_goal.files import atomic_path
 
-VERSION = 1
+VERSION = 2
 _log = logging.getLogger(__name__)
 
 
 def save_state(
-    path: Path | str, key: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
+    path: Path | str,
+    key: str,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: dict[str, Any],
+    average: torch.nn.Module | None = None,
 ) -> None:
-    """Writes the state atomically. `progress` holds plain values: steps done, seconds spent, the history so far.
+    """Writes the state atomically. `progress` holds plain values: steps done, seconds spent, the history so far;
+    `average` is the average of the model's weights, where one is kept.
 
     Raises FastGoalError when the disk is full; the former state, if any, is then still there and whole.
     """
@@ -35,6 +41,7 @@ def save_state(
         "key": key,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
+        "average": None if average is None else average.state_dict(),
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "progress": progress,
@@ -53,8 +60,15 @@ def save_state(
         ) from None
 
 
-def load_state(path: Path | str, key: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-    """Puts a saved state into the model and the optimiser and returns its `progress`; None when there is none to continue.
+def load_state(
+    path: Path | str,
+    key: str,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: torch.nn.Module | None = None,
+) -> dict[str, Any] | None:
+    """Puts a saved state into the model, the optimiser and the average, and returns its `progress`; None when there is none
+    to continue.
 
     A state of another key or version, or one that cannot be read, is left alone with a warning: the training starts from
     the beginning and will overwrite it.
@@ -73,6 +87,8 @@ def load_state(path: Path | str, key: str, model: torch.nn.Module, optimizer: to
         return None
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    if average is not None:
+        average.load_state_dict(state["average"])
     torch.set_rng_state(state["rng"])
     if state["cuda_rng"] and len(state["cuda_rng"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda_rng"])
@@ -83,6 +99,7 @@ def remove_state(path: Path | str) -> None:
     """Removes a state, and what a killed save left beside it, once the result it led to is written."""
     path = Path(path)
     path.unlink(missing_ok=True)
+    path.with_name(f"{path.name}.best").unlink(missing_ok=True)
     _remove_halves(path)
 
 
@@ -100,5 +117,6 @@ def _remove_halves(path: Path) -> None:
 
 def _megabytes(state: dict[str, Any]) -> float:
     slots = [value for slot in state["optimizer"]["state"].values() for value in slot.values()]
-    tensors = [value for value in [*state["model"].values(), *slots] if isinstance(value, torch.Tensor)]
+    values = [*state["model"].values(), *(state["average"] or {}).values(), *slots]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6

@@ -14,6 +14,14 @@ from fast_goal.errors import FastGoalError
 OnStep = Callable[[int, dict[str, Any]], None]
 
 
+class NotFinite(FastGoalError):
+    """A training gave a value that is no number, at `step`."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
+
+
 class Recorder:
     """The history of a training: one record per logged step, handed to `on_step(step, record)` as it is made.
 
@@ -43,7 +51,7 @@ class Recorder:
     def flush(self) -> dict[str, float]:
         """The last step's values and the `samples_per_second` since the last flush or `pause`.
 
-        Raises FastGoalError when any value since the last flush is not finite; it names the first such step.
+        Raises NotFinite when any value since the last flush is not finite; it names the first such step.
         """
         steps = [step for step, _ in self._pending]
         rows = torch.stack([row for _, row in self._pending]).tolist()
@@ -56,9 +64,10 @@ class Recorder:
         for step, row in zip(steps, rows, strict=True):
             if not all(math.isfinite(value) for value in row):
                 terms = ", ".join(f"{name} = {value:.6g}" for name, value in zip(self._names, row, strict=True))
-                raise FastGoalError(
+                raise NotFinite(
                     f"The loss is not finite at step {step}: {terms}. Lower {self._section}.learning_rate or raise "
-                    f"{self._section}.warmup_steps; a loss that jumps may need a gradient clip, or fp32."
+                    f"{self._section}.warmup_steps; a loss that jumps may need a gradient clip, or fp32.",
+                    step,
                 )
         return dict(zip(self._names, rows[-1], strict=True)) | {"samples_per_second": rate}
 

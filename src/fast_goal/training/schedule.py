@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
+
+from fast_goal.errors import ConfigError
+from fast_goal.model.clip import Clip
 
 
 def learning_rate(step: int, total: int, base: float, warmup: int = 0) -> float:
@@ -19,13 +23,42 @@ def learning_rate(step: int, total: int, base: float, warmup: int = 0) -> float:
     return base * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def make_optimizer(parameters: Iterable[torch.nn.Parameter], rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with torch's defaults; the decay acts on every parameter, biases and the logit scale too, as in the paper."""
+def make_optimizer(parameters: Iterable[Any], rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with torch's defaults over parameters or groups of them; where a group says nothing else, the decay acts on
+    every parameter, biases and the logit scale too, as in the paper."""
     # Fused: the token embedding's 49,408 rows, most of them untouched in a step, would else dominate a small model's step.
     return torch.optim.AdamW(parameters, lr=rate, weight_decay=weight_decay, fused=True)
 
 
+def parameter_groups(
+    clip: Clip, decayed: str = "all", layer_decay: float = 1.0, freeze: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The trained parameters in groups of equal treatment; those of a frozen tower get `requires_grad` False and no group.
+
+    decayed `matrices`: the weight decay is 0 for biases, norms, class embedding and logit scale (one dimension or none) and
+    for the positional embeddings. layer_decay: the group's `factor` of the learning rate is layer_decay ** d with d the
+    blocks from the parameter to its tower's end (`Clip.depths`), as in BEiT's fine-tuning. Raises ConfigError where nothing
+    is left to train.
+    """
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    depths = clip.depths()
+    for name, parameter in clip.named_parameters():
+        tower, depth = depths[name]
+        parameter.requires_grad_(tower not in freeze)
+        if tower in freeze:
+            continue
+        decays = decayed == "all" or (parameter.ndim > 1 and not name.endswith("positional_embedding"))
+        exponent = depth if layer_decay != 1 else 0
+        group = groups.setdefault((exponent, decays), {"params": [], "factor": layer_decay**exponent})
+        group["params"].append(parameter)
+        if not decays:
+            group["weight_decay"] = 0.0
+    if all(depths[name][0] in freeze or depths[name][0] == "both" for name in depths):
+        raise ConfigError(f"finetune.freeze = {list(freeze)}: with both towers frozen nothing is left to train")
+    return list(groups.values())
+
+
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Gives every parameter group the same learning rate."""
+    """Gives every parameter group the learning rate, times the `factor` it may have."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("factor", 1.0)

@@ -1,0 +1,153 @@
+"""One step of fine-tuning: from a batch to an update of the weights.
+
+Every input is encoded once: the global images and the local crops in one batch, the long captions and the sentences in
+one pass each, trimmed separately. With accumulation a batch goes through the towers in parts, and the loss is still that
+of the whole batch: the features of all parts first, without a graph; the loss and its gradient with respect to them; then
+each part again, with a graph, into which its share of that gradient is fed (Gao et al. 2021, "Scaling deep contrastive
+learning batch size under memory limited setup"). It costs a second forward pass.
+
+Letters: B samples of a batch, P local pairs of them, D embedding width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import accumulate
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from fast_goal.model.clip import Clip
+from fast_goal.model.tokens import masked_mean, patch_mask, span_mask
+from fast_goal.objectives import Features, Objective
+from fast_goal.training.batches import Batch
+from fast_goal.training.distributed import Group, gathered
+
+ENCODED = ("image_global", "text_global", "image_local", "text_local", "region", "sentence")  # features that have gradients
+
+
+class Encoder(torch.nn.Module):
+    """`batch_features` as a module, which DistributedDataParallel can wrap. `dtype` is that of autocast, None for none."""
+
+    def __init__(self, clip: Clip, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.clip, self.dtype = clip, dtype
+
+    def forward(self, batch: Batch) -> Features:
+        """The features of the batch."""
+        return batch_features(self.clip, batch, self.dtype)
+
+
+class TrainStep:
+    """One update of `clip`, called with the parts of a batch (`Batch.split`) on the device.
+
+    `group`: the processes that share the batch; each calls its own step with its own share, and all get the same update.
+    `max_logit_scale` holds the logit scale below it.
+    """
+
+    def __init__(
+        self,
+        clip: Clip,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        dtype: torch.dtype | None = None,
+        gradient_clip: float | None = None,
+        max_logit_scale: float | None = None,
+        group: Group | None = None,
+    ):
+        self.clip, self.objective, self.optimizer = clip, objective, optimizer
+        self.gradient_clip, self.max_logit_scale = gradient_clip, max_logit_scale
+        self.group = group or Group()
+        self._plain = self._encode = Encoder(clip, dtype)
+        if self.group.world > 1:
+            self._encode = DistributedDataParallel(self._plain, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def __call__(self, parts: Sequence[Batch]) -> dict[str, torch.Tensor]:
+        """Returns the objective's scalars and the logit scale, on the device and detached."""
+        self.optimizer.zero_grad(set_to_none=True)
+        own = self._encode(parts[0]) if len(parts) == 1 else self._without_graph(parts)
+        terms = self.objective(gathered(own, parts[0].rank_pairs, self.group))
+        # DistributedDataParallel takes the mean over the processes; the gradient is the sum of what they contribute, and no
+        # parameter may be without one, such as the logit scale of an objective that does not look at it
+        (terms["loss"] * self.group.world + 0 * own.scale).backward()
+        if len(parts) > 1:
+            self._feed(parts, own)
+        if self.gradient_clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.clip.parameters(), self.gradient_clip)
+        self.optimizer.step()
+        if self.max_logit_scale is not None:
+            with torch.no_grad():
+                self.clip.model.logit_scale.clamp_(max=math.log(self.max_logit_scale))
+        return {name: value.detach() for name, value in terms.items()} | {"logit_scale": own.scale.detach()}
+
+    def _without_graph(self, parts: Sequence[Batch]) -> Features:
+        """The features of all parts as those of one batch; the encoded ones are leaves that collect a gradient."""
+        with torch.no_grad():
+            found = [self._plain(part) for part in parts]
+        names = (*ENCODED, "region_weight", "sentence_weight", "local_weight")
+        joined = {name: torch.cat([getattr(part, name) for part in found]) for name in names}
+        firsts = accumulate((len(part) for part in parts), initial=0)
+        rows = torch.cat([part.local_rows + first for part, first in zip(parts, firsts, strict=False)])
+        scale = found[0].scale.clone().requires_grad_()
+        for name in ENCODED:
+            joined[name].requires_grad_()
+        return Features(**joined, local_rows=rows, scale=scale)
+
+    def _feed(self, parts: Sequence[Batch], leaves: Features) -> None:
+        """Encodes each part again, with a graph, and sends the gradient of its features through it."""
+        shares: dict[str, Sequence[torch.Tensor]] = {}
+        for name in ENCODED:
+            leaf = getattr(leaves, name)
+            gradient = leaf.grad
+            if gradient is None and self.group.world > 1:  # every process has to reach the parameters of both towers
+                gradient = torch.zeros_like(leaf)
+            if gradient is not None:
+                sizes = [len(part) if name.endswith("_global") else len(part.local_rows) for part in parts]
+                shares[name] = gradient.split(sizes)
+        for number, part in enumerate(parts):
+            last = number == len(parts) - 1
+            with nullcontext() if last or self.group.world == 1 else self._encode.no_sync():
+                found = self._encode(part)
+                pairs = [(getattr(found, name), share[number]) for name, share in shares.items() if len(share[number])]
+                if last:
+                    pairs.append((found.scale, leaves.scale.grad))
+                pairs = [(value, gradient) for value, gradient in pairs if value.requires_grad]  # not of a frozen tower
+                torch.autograd.backward([value for value, _ in pairs], [gradient for _, gradient in pairs])
+
+
+def batch_features(clip: Clip, batch: Batch, dtype: torch.dtype | None = None) -> Features:
+    """What the objective compares, in float32: each image, caption and sentence goes through its tower once.
+
+    `region` [P, D] is the mean of the global image's patch tokens over the box, `sentence` [P, D] the mean of the long
+    caption's tokens over the sentence's span, both through CLIP's own norm and projection. A box or span of which nothing
+    is visible has the weight 0. `dtype` is that of autocast, None for none.
+    """
+    rows = batch.local_rows
+    count = len(batch.long_tokens)
+    with torch.autocast(batch.images.device.type, dtype=dtype, enabled=dtype is not None):
+        encoded = clip(images=batch.images, tokens=batch.long_tokens)
+        if len(rows):
+            local_text = clip(tokens=batch.sentence_tokens).text_features
+            in_box = patch_mask(batch.boxes, clip.image_size, clip.patch_size)
+            in_span = span_mask(batch.spans, batch.long_tokens.shape[1])
+            region = clip.project_image(masked_mean(encoded.image_tokens[rows], in_box))
+            sentence = clip.project_text(masked_mean(encoded.text_tokens[rows], in_span))
+            region_weight, sentence_weight = in_box.any(dim=1), in_span.any(dim=1)
+        else:
+            local_text = region = sentence = encoded.text_features[:0]
+            region_weight = sentence_weight = rows
+    return Features(
+        image_global=encoded.image_features[:count].float(),
+        text_global=encoded.text_features.float(),
+        image_local=encoded.image_features[count:].float(),
+        text_local=local_text.float(),
+        region=region.float(),
+        sentence=sentence.float(),
+        region_weight=region_weight.float(),
+        sentence_weight=sentence_weight.float(),
+        local_rows=rows,
+        local_weight=batch.local_weights,
+        scale=clip.logit_scale.float(),
+    )
