@@ -24,6 +24,8 @@ def test_every_experiment_composes_and_passes_the_checks(experiment: str):
     overrides = [f"experiment={experiment}"]
     if experiment.startswith("own_photos"):
         overrides.append("download.datasets.photos.root=photos")
+    if experiment == "glit":
+        overrides.append("download.datasets.glit.root=photos")
     params = check(compose(overrides))
     assert params.experiment == experiment
 

@@ -13,11 +13,21 @@ from typing import TextIO
 class Progress:
     """`with Progress("flism", total, "images") as progress: progress.update(8, similarity="0.31")`.
 
-    `done` starts above zero when work is resumed: the rate and the time left then count only the new work.
+    `done` starts above zero when work is resumed: the rate and the time left then count only the new work. A `total` of 0
+    is not known yet. With a `scale`, what is counted is shown in units of it: bytes as "MB" with scale=1_000_000.
     """
 
-    def __init__(self, name: str, total: int, unit: str, done: int = 0, interval: float = 10.0, stream: TextIO | None = None):
-        self.name, self.total, self.unit = name, total, unit
+    def __init__(
+        self,
+        name: str,
+        total: int,
+        unit: str,
+        done: int = 0,
+        interval: float = 10.0,
+        stream: TextIO | None = None,
+        scale: int = 1,
+    ):
+        self.name, self.total, self.unit, self.scale = name, total, unit, scale
         self.done, self._start_done = done, done
         self._stream = stream or sys.stderr
         self._interval = 0.2 if self._stream.isatty() else interval
@@ -45,15 +55,22 @@ class Progress:
         if time.monotonic() - self._last >= self._interval:
             self._write()
 
+    def add(self, total: int, done: int) -> None:
+        """More work becomes known (or, negative, is taken back), of which `done` was done before."""
+        self.total += total
+        self.done += done
+        self._start_done += done
+
     def line(self) -> str:
         """The line as text."""
         percent = f"{100 * self.done / self.total:3.0f}%" if self.total else " --"
-        left = (self.total - self.done) / self.rate if self.rate > 0 else float("inf")
+        left = (self.total - self.done) / self.rate if self.rate > 0 and self.total else float("inf")
+        digits = 0 if self.scale == 1 else 1
         parts = [
-            f"{self.name}: {self.done:,}/{self.total:,} {self.unit}",
+            f"{self.name}: {self.done / self.scale:,.{digits}f}/{self.total / self.scale:,.{digits}f} {self.unit}",
             percent,
             self._notes,
-            f"{self.rate:,.1f} {self.unit}/s",
+            f"{self.rate / self.scale:,.1f} {self.unit}/s",
             f"left {_clock(left)}",
         ]
         return "  ".join(part for part in parts if part)

@@ -3,12 +3,16 @@
 import re
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from tiny_dataset import CONFIG, change, make_subject, suites, with_records
+from planted_defects import DEFECTS
+from tiny_dataset import CAPTIONS, CONFIG, WORDS, change, make_subject, suites, with_records
 
-from fast_goal.data.expectations import MAX_WORDS, check
+from fast_goal.data.expectations import check
+from fast_goal.data.rules import MAX_WORDS, Seen, pairs_rules, records_rules, regions_rules
+from fast_goal.data.validation import Cosines
 
 
 def failures(subject, docs, **options):
@@ -137,7 +141,7 @@ CORRUPTIONS = {
             records(lambda table: (table["split"] != "pretrain").to_numpy(), long_caption="A ball.")(subject),
             pairs=subject.pairs[subject.pairs["rank"] == 1].assign(sentence="A ball.", char_start=0, char_end=7),
         ),
-        {"records.mean_words"},
+        {"records.mean_words", "records.captions_not_shared"},
         ["found 2", "5 to 50 words"],
     ),
     "caption of thousands of words": (
@@ -145,8 +149,8 @@ CORRUPTIONS = {
             subject,
             change(subject.dataset.records, 1, long_caption=subject.dataset.records["long_caption"][1] + " word" * MAX_WORDS),
         ),
-        {"records.max_words", "records.mean_words"},
-        ["row 1", "'a0'", f"{MAX_WORDS + 17}"],
+        {"records.max_words", "records.mean_words", "records.captions_fit", "records.captions_finished"},
+        ["row 1", "'a0'", f"{MAX_WORDS + WORDS}"],
     ),
     "test image among the training images": (
         copy_of("t0", "a1"),
@@ -176,7 +180,13 @@ CORRUPTIONS = {
     "ranks with a gap": (pairs(3, rank=3), {"pairs.ranks_contiguous"}, ["row 3", "'a1'", "rank 3 without a rank 2"]),
     "pair with another box": (pairs(2, x2=21.0), {"pairs.boxes_of_regions"}, ["row 2", "(0, 0, 21, 15)", "(0, 0, 20, 15)"]),
 }
-WARNINGS = {"records.max_words", "records.no_validation_image_in_training"}
+SEVERITIES = {
+    "records.max_words": "warning",
+    "records.no_validation_image_in_training": "warning",
+    "records.captions_not_shared": "warning",
+    "records.captions_fit": "warning",
+    "records.captions_finished": "info",
+}
 
 
 @pytest.fixture
@@ -213,7 +223,7 @@ def test_a_corruption_fails_exactly_its_expectation_and_names_the_row(outcomes_o
     for words in said:
         assert words in text
     for name, outcome in found.items():
-        assert outcome.rule.critical == (name not in WARNINGS)
+        assert outcome.rule.severity == SEVERITIES.get(name, "critical")
         assert outcome.rule.fix in text
 
 
@@ -282,7 +292,7 @@ def test_many_failing_rows_are_counted_and_a_few_named(subject, tmp_path):
 def test_an_image_without_a_detection_is_only_a_warning_where_regions_come_from_the_detector_alone(subject, tmp_path):
     found = failures(without_regions(subject), tmp_path / "docs", detector_only=True)
     assert set(found) == {"tiny_records.regions_present"}
-    assert not found["tiny_records.regions_present"].rule.critical
+    assert found["tiny_records.regions_present"].rule.severity == "warning"
 
 
 def test_an_image_that_flism_skipped_needs_no_regions(subject, tmp_path):
@@ -312,11 +322,68 @@ def test_empty_tables_fail_and_nothing_breaks(subject, tmp_path):
 
 
 def test_no_expectation_is_left_without_a_corruption():
-    from fast_goal.data.expectations import pairs_rules, records_rules, regions_rules
-
-    rules = {f"records.{rule.name}" for rule in records_rules(CONFIG, True, True, False, True)}
+    rules = {f"records.{rule.name}" for rule in records_rules(CONFIG, True, True, False, True, Seen(context_length=77))}
     rules |= {f"regions.{rule.name}" for rule in regions_rules()} | {f"pairs.{rule.name}" for rule in pairs_rules()}
-    tested = set().union(*(expected for _, expected, _ in CORRUPTIONS.values()))
+    tested = set().union(*(expected for _, expected, _ in CORRUPTIONS.values())) | {defect.rule for defect in DEFECTS}
     elsewhere = {"records.no_test_id_in_training", "records.count_test"}
     like_another = {"records.count_val"}
     assert {name for name in rules - tested if not name.endswith("not_empty")} == elsewhere | like_another
+
+
+def test_a_large_table_names_its_failing_rows_too(subject, tmp_path, monkeypatch):
+    """Beyond COMPLETE_ROWS Great Expectations is asked for the first failing rows only."""
+    bad = replace(subject, regions=subject.regions.assign(score=2.0), pairs=change(subject.pairs, 2, similarity=1.5))
+    complete = failures(bad, tmp_path / "one")
+    monkeypatch.setattr("fast_goal.data.expectations.COMPLETE_ROWS", 3)
+    short = failures(bad, tmp_path / "two")
+    assert {name: outcome.lines(10) for name, outcome in short.items()} == {
+        name: outcome.lines(10) for name, outcome in complete.items()
+    }
+
+
+def test_the_front_page_tells_information_from_failures(subject, tmp_path):
+    unfinished = change(subject.dataset.records, 0, long_caption=CAPTIONS[0].removesuffix("."))
+    failures(with_records(subject, unfinished), tmp_path / "docs")
+    assert "all hold, but for 1 for information" in (tmp_path / "docs" / "index.html").read_text()
+
+
+def test_published_facts(subject, tmp_path):
+    facts = {"counts": {"train": 3, "qual_dev": 2, "all": 5}, "mean_words": 21.5, "captions": 1, "pairs": 2}
+    good = replace(subject, dataset=replace(subject.dataset, facts=facts, published={"train": 3, "qual_dev": 2}))
+    assert failures(good, tmp_path / "docs") == {}
+    fewer = {"counts": {"train": 4, "test": 1}, "mean_words": 25, "captions": 2, "pairs": 3}
+    found = failures(replace(good, dataset=replace(good.dataset, facts=fewer)), tmp_path / "docs")
+    severities = {name.partition(".")[2]: outcome.rule.severity for name, outcome in found.items()}
+    assert severities == {
+        "published_counts": "critical",
+        "published_mean_words": "warning",
+        "published_captions": "critical",
+        "published_pairs": "critical",
+    }
+    assert found["tiny_facts.published_counts"].examples == [
+        "row 0, fact 'samples of train': 3 samples, published are 4",
+        "row 1, fact 'samples of test': 0 samples, published are 1",
+    ]
+    assert "21.0 words, published are 25" in found["tiny_facts.published_mean_words"].examples[0]
+    assert found["tiny_records.published_pairs"].failing == 5  # FLISM is not asked for pretrain
+
+
+def test_captions_of_other_images_are_found_by_their_cosines(subject, tmp_path):
+    rows = np.arange(1, 5)
+    others = np.full(4, 0.2)
+    assert failures(subject, tmp_path / "docs", cosines=Cosines("a CLIP", rows, np.array([0.3, 0.1, 0.3, 0.3]), others)) == {}
+    mixed = Cosines("a CLIP", rows, np.array([0.1, 0.2, 0.2, 0.2]), others)
+    found = failures(subject, tmp_path / "docs", cosines=mixed)
+    assert found["tiny_cosines.captions_fit_images"].rule.severity == "warning"
+    assert "found -0.025" in found["tiny_cosines.captions_fit_images"].observed
+    assert len(found) == 1
+
+
+def test_samples_are_stated(subject, tmp_path):
+    small = replace(CONFIG, max_decoded=2, caption_sample=3)
+    made = suites(with_records(subject, change(subject.dataset.records, 1, width=41)), config=small)
+    titles = {rule.name: (rule.title, rule.looked_at) for rule in made[0].rules}
+    assert titles["images_decode"] == ("every image of a random sample of 2 decodes", 2)
+    assert titles["language"] == ("every long caption is in the language 'en', in a random sample of 3", 3)
+    assert made[0].table["decoded"].sum() == 2
+    assert made[0].table["long_tokens"].notna().sum() == 3

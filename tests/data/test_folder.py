@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import imagehash
 import numpy as np
 import pandas as pd
 import pytest
@@ -61,7 +62,8 @@ class Photos:
 
 
 @pytest.fixture
-def photos(tmp_path):
+def photos(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the memory of the inspection is kept
     return Photos(tmp_path)
 
 
@@ -88,6 +90,7 @@ class TestReading:
             }
         ]
         assert loaded.root == photos.root and not loaded.skipped and loaded.truth is None
+        assert loaded.hashes == [{"image_id": "a", "perceptual_hash": str(imagehash.phash(Image.open(path)))}]
         assert json.loads((photos.out / "SOURCE.json").read_text())["root"] == str(photos.root)
 
     def test_several_rows_keep_their_order_and_are_joined(self, photos):

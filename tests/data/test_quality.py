@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from tiny_dataset import change, make_subject, with_records
 
-from fast_goal.data.quality import inspect_images, pairs_table, records_table, regions_table
+from fast_goal.data.quality import inspect_images, outlier_columns, pairs_table, records_table, regions_table
 from fast_goal.data.records import UNNAMED
 
 
@@ -123,8 +123,34 @@ def test_a_file_that_no_caption_names_is_not_lost(subject):
 def test_images_are_inspected_alike_by_any_number_of_workers(subject):
     (subject.dataset.root / "a1.png").unlink()
     (subject.dataset.root / "a2.png").write_bytes(b"no image")
-    one, many = (inspect_images(subject.dataset, workers) for workers in (1, 4))
+    one, many = (inspect_images(subject.dataset, workers=workers) for workers in (1, 4))
     pd.testing.assert_frame_equal(one, many)
     assert one["missing_file"].tolist() == [None, None, "no file a1.png", None, None, None]
     assert one["undecodable"].notna().tolist() == [False, False, False, True, False, False]
     assert "a2.png" not in one["undecodable"][3]  # the path stands beside it
+
+
+def test_of_many_images_a_sample_is_decoded_and_all_are_looked_up(subject):
+    for name, content in (("a0", b"no image"), ("a1", b""), ("a2", b"no image")):
+        (subject.dataset.root / f"{name}.png").write_bytes(content)
+    (subject.dataset.root / "t0.png").unlink()
+    found = inspect_images(subject.dataset, most=3, seed=1)
+    again = inspect_images(subject.dataset, most=3, seed=1)
+    pd.testing.assert_frame_equal(found, again)
+    assert found["decoded"].sum() == 3
+    assert found["missing_file"].notna().tolist() == [False] * 5 + [True]
+    for row in (1, 3):  # damage is seen only by decoding
+        assert pd.notna(found["undecodable"][row]) == found["decoded"][row]
+    assert found["undecodable"][2].endswith("(0 bytes)")
+    assert inspect_images(subject.dataset, most=0)["decoded"].sum() == 0
+
+
+def test_outliers():
+    sizes = [(100 + number, 80) for number in range(20)] + [(3000, 2000), (20, 90), (700, 100)]
+    found = outlier_columns(pd.DataFrame(sizes, columns=["width", "height"]), max_aspect=5, image_size=64)
+    assert found["small_image"].notna().to_numpy().nonzero()[0].tolist() == [21]
+    assert found["long_shape"].notna().to_numpy().nonzero()[0].tolist() == [22]
+    assert found["odd_area"].notna().to_numpy().nonzero()[0].tolist() == [20, 21, 22]
+    assert "one side is 7.0 times the other" in found["long_shape"][22]
+    alike = pd.DataFrame([(100, 80)] * 20 + [(50, 40)], columns=["width", "height"])
+    assert outlier_columns(alike, max_aspect=5, image_size=None).isna().all(axis=None)

@@ -95,6 +95,7 @@ class TestTables:
                         "y2": 1.0,
                         "kind": "detector",
                         "similarity": 0.25,
+                        "weight": 1.0,
                     }
                 ],
             ),

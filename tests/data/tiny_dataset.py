@@ -9,19 +9,30 @@ import pandas as pd
 from PIL import Image
 
 from fast_goal.config import ValidateConfig
-from fast_goal.data import expectations, quality
+from fast_goal.data import expectations, quality, validation
 from fast_goal.data.records import Dataset
 
 SENTENCES = ["A red ball lies on the left.", "A blue box stands on the right, near the wall."]
-CAPTION = " ".join(SENTENCES)
+COLOURS = ["white", "grey", "brown", "green", "yellow", "black"]
+CAPTIONS = [" ".join([*SENTENCES, f"The floor is {colour}."]) for colour in COLOURS]  # by image, in the order of SPLITS
+WORDS = 21
 SPLITS = {"p0": "pretrain", "a0": "train", "a1": "train", "a2": "train", "v0": "val", "t0": "test"}
 WIDTH, HEIGHT = 40, 30
+BASE = validation.Base("tiny CLIP", image_size=24, context_length=77)
 CONFIG = ValidateConfig(
     expected_counts={"pretrain": 1, "train": 3, "val": 1, "test": 1},
     max_skipped=0.25,
     min_mean_words=5,
     max_mean_words=50,
     min_pairs=0.5,
+    max_cut_off=0.05,
+    language="en",
+    max_aspect=5,
+    near_duplicate_bits=4,
+    max_decoded=1000,
+    caption_sample=1000,
+    quality_pairs=100,
+    seed=0,
 )
 
 
@@ -37,7 +48,7 @@ def make_subject(root: Path) -> quality.Subject:
                 "width": WIDTH,
                 "height": HEIGHT,
                 "split": split,
-                "long_caption": "" if split == "pretrain" else CAPTION,
+                "long_caption": "" if split == "pretrain" else CAPTIONS[number],
                 "captions": ["A red ball."],
                 "source": "folder",
                 "content_hash": hashlib.sha256((root / f"{name}.png").read_bytes()).hexdigest(),
@@ -55,10 +66,10 @@ def make_subject(root: Path) -> quality.Subject:
             place = {"image_id": name, "region_index": index, "x1": x1, "y1": y1, "x2": x2, "y2": y2, "kind": kind}
             regions.append({**place, "label": "", "score": 0.7 if kind == "detector" else 1.0})
             if index < 2:  # sentence and region alike
-                start = CAPTION.index(SENTENCES[index])
+                start = CAPTIONS[number].index(SENTENCES[index])
                 span = {"char_start": start, "char_end": start + len(SENTENCES[index])}
                 words = {"rank": index + 1, "sentence_index": index, "sentence": SENTENCES[index], **span}
-                pairs.append({**place, **words, "similarity": 0.5 - index / 10})
+                pairs.append({**place, **words, "similarity": 0.5 - index / 10, "weight": 0.5})
     skipped = pd.DataFrame(
         [
             {
@@ -92,21 +103,21 @@ def change(table: pd.DataFrame, where: int | np.ndarray, **values: object) -> pd
     return table
 
 
-def suites(
-    subject: quality.Subject, config: ValidateConfig = CONFIG, training: Dataset | None = None, detector_only: bool = False
-) -> list[expectations.Suite]:
-    """The suites of the subject, which is the training data set unless another one is given."""
-    images = quality.inspect_images(subject.dataset, workers=2)
-    rules = expectations.records_rules(
-        config,
-        training=training is None,
-        flism=subject.regions is not None,
-        detector_only=detector_only,
-        long_captions=subject.has_long_captions,
-    )
-    table = quality.records_table(subject, images, training or subject.dataset)
-    made = [expectations.Suite(f"{subject.name}_records", table, rules)]
-    if subject.regions is not None:
-        made.append(expectations.Suite(f"{subject.name}_regions", quality.regions_table(subject), expectations.regions_rules()))
-        made.append(expectations.Suite(f"{subject.name}_pairs", quality.pairs_table(subject), expectations.pairs_rules()))
-    return made
+def find(
+    subject: quality.Subject,
+    config: ValidateConfig = CONFIG,
+    training: Dataset | None = None,
+    detector_only: bool = False,
+    top_k: int = 2,
+    base: validation.Base | None = BASE,
+    cosines: validation.Cosines | None = None,
+) -> validation.Findings:
+    """What is found in the subject, which is the training data set unless another one is given."""
+    images = quality.inspect_images(subject.dataset, config.max_decoded, config.seed, workers=2)
+    settings = validation.Settings(config, training or subject.dataset, detector_only, top_k, base)
+    return validation.examine(subject, images, settings, cosines)
+
+
+def suites(subject: quality.Subject, **options: object) -> list[expectations.Suite]:
+    """The suites of the subject, as `find`."""
+    return find(subject, **options).suites

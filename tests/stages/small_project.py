@@ -76,6 +76,7 @@ def write_scenes(name: str, count: int = 12, truth: bool = True, folder: Path = 
             "region_index": 0,
             "kind": "detector",
             "similarity": 0.3,
+            "weight": 1.0,
         }
         for box in boxes
     ]

@@ -80,6 +80,7 @@ def write_project(splits: dict[str, int] | None = None) -> None:
                         **BOX,
                         "kind": "detector",
                         "similarity": 0.3,
+                        "weight": 1.0,
                     }
                 )
     write_dataset("scenes", root, rows, [], source="scenes")

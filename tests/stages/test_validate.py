@@ -6,16 +6,36 @@ import json
 
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
-from fast_goal.config import Params, build
+from fast_goal.config import Params, ScratchConfig, build
 from fast_goal.configure import compose
+from fast_goal.data.captions import tokenize
+from fast_goal.data.images import open_image
 from fast_goal.data.records import PAIRS, REGIONS, SKIPPED, load_dataset, read_table, write_dataset, write_table
 from fast_goal.errors import DataError, ValidationError
+from fast_goal.model.clip import build_scratch
 from fast_goal.stages import validate
 
 SENTENCES = ["A red ball lies on the left.", "A blue box stands on the right."]
 CAPTION = " ".join(SENTENCES)
+SCRATCH = ScratchConfig(
+    split="train",
+    image_size=32,
+    patch_size=16,
+    embed_dim=16,
+    vision_width=16,
+    vision_layers=1,
+    text_width=16,
+    text_layers=1,
+    head_width=8,
+    steps=1,
+    batch_size=2,
+    learning_rate=1e-3,
+    weight_decay=0,
+    warmup_steps=0,
+)
 
 
 class Recorder:
@@ -51,7 +71,7 @@ def make_dataset(name, splits, brightness=0):
                 "width": 40,
                 "height": 30,
                 "split": split,
-                "long_caption": CAPTION,
+                "long_caption": f"{CAPTION} The floor has {number} marks.",
                 "captions": ["A ball."],
                 "source": "folder",
                 "content_hash": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -74,6 +94,7 @@ def project(tmp_path, monkeypatch):
         "char_start": 0,
         "char_end": len(SENTENCES[0]),
         "similarity": 0.3,
+        "weight": 1.0,
     }
     write_table(
         "data/flism/photos/regions.parquet",
@@ -106,15 +127,17 @@ def test_a_good_data_set(project, params):
         assert f"## {suite}" in text
     card = (output / "data_card.md").read_text()
     assert "## photos" in card
-    assert (output / "photos_caption_tokens.png").is_file()
-    assert "(photos_caption_tokens.png)" in card
+    assert (output / "photos_captions.png").is_file()
+    assert "(photos_captions.png)" in card
     assert track.logged["expectations_failed"] == 0
     assert track.logged["photos_images"] == 4
     assert track.inputs == ["photos"]
     assert track.artifacts == [
         ("summary.md", ""),
         ("data_card.md", ""),
-        ("photos_caption_tokens.png", ""),
+        ("photos_boxes.png", ""),
+        ("photos_captions.png", ""),
+        ("photos_examples.png", ""),
         ("data_docs", "data_docs"),
     ]
 
@@ -172,3 +195,34 @@ def test_without_flism_the_error_names_the_table_and_the_step(project, params):
     (project / "data/flism/photos/pairs.parquet").unlink()
     with pytest.raises(DataError, match=r"data/flism/photos/pairs.parquet.*flism"):
         validate.main(params, Recorder())
+
+
+def test_the_caption_quality_against_a_direct_computation(project, params):
+    """With a small untrained base: the cosine of each image with its own caption, and with the captions of the others."""
+    clip = build_scratch(SCRATCH, seed=3)
+    clip.save(validate.BASE, {})
+    validate.main(params, Recorder())
+    summary = json.loads((project / "data/validation/summary.json").read_text())
+    records = load_dataset("photos").records
+    pixels = torch.stack([clip.view(40, 30).apply(open_image(f"data/datasets/photos/{n}.png")) for n in range(4)])
+    with torch.no_grad():
+        images = clip.eval().encode_image(pixels)
+        texts = clip.encode_text(tokenize(records["long_caption"].tolist(), clip.context_length)[0])
+    cosines = (images @ texts.T).double()
+    own = cosines.diagonal().mean().item()
+    others = (cosines.sum().item() - cosines.diagonal().sum().item()) / 12
+    found = summary["caption_quality"]["photos"]
+    assert found["pairs"] == 4
+    assert found["cosine"] == pytest.approx(own, abs=2e-4)
+    assert found["shuffled_cosine"] == pytest.approx(others, abs=2e-4)
+    assert "Long-CLIP ViT-L/14" in (project / "data/validation/data_card.md").read_text()
+    # the pictures are smaller than the model's input
+    assert "| info | 4 of 4 rows fail |" in (project / "data/validation/summary.md").read_text()
+
+
+def test_the_summary_holds_no_time(project, params):
+    """`finetune` depends on it: the same data must give the same file."""
+    validate.main(params, Recorder())
+    first = (project / "data/validation/summary.md").read_text()
+    validate.main(params, Recorder())
+    assert (project / "data/validation/summary.md").read_text() == first

@@ -1,4 +1,4 @@
-"""The data card: what a data set is, in Markdown and one picture, for people who will use it.
+"""The data card: what a data set is, in Markdown and a few pictures, for people who will use it.
 
 It holds no date and no path of this machine: the same data give the same card.
 """
@@ -6,55 +6,68 @@ It holds no date and no path of this machine: the same data give the same card.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from fast_goal.data import captions
+from fast_goal.data import card_pictures
+from fast_goal.data.caption_checks import CaptionLengths
+from fast_goal.data.card_pictures import CONTEXTS
 from fast_goal.data.quality import Subject
 from fast_goal.data.records import SPLITS
-from fast_goal.files import atomic_path
+from fast_goal.data.validation import Findings
 
-CONTEXTS = (77, 248)  # CLIP's own text context and the stretched one
-SENTENCE_SAMPLE = 2000  # captions whose sentences are counted: the splitter takes milliseconds for each
-TOKENIZE_AT_ONCE = 1024
 EXAMPLES = 3  # skipped samples named for each reason
 NOT_STATED = "not stated by the source"
-LICENCES = {"scenes": "drawn by this project's own generator; the project's licence applies"}
+LICENCES = {
+    "scenes": "drawn by this project's own generator",
+    "docci": "CC BY 4.0 (images and descriptions)",
+    "dci": "descriptions: see github.com/facebookresearch/DCI; images: that of SA-1B",
+    "sharegpt4v": "captions: see sharegpt4v.github.io; images: that of SA-1B",
+}
 EXPLANATIONS = {
     "scenes": "Procedurally drawn scenes with long and short captions and true boxes.",
     "folder": "A folder of images with a table of captions.",
+    "docci": "DOCCI: photographs with long descriptions written by people (Onoe et al., 2024).",
+    "dci": "DCI: images of SA-1B with dense descriptions written by people (Urbanek et al., 2024).",
+    "karpathy": "Photographs with several short captions each, in the splits of Karpathy and Fei-Fei (2015).",
+    "urban1k": "Urban1k: 1,000 street scenes with long captions (Long-CLIP, Zhang et al., 2024).",
+    "sharegpt4v": "ShareGPT4V: images with captions by GPT-4V (Chen et al., 2023).",
+    "webdataset": "Tar shards of images with their captions.",
+    "glit100k": "GLIT100k: images of SA-1B with LLaVA-NeXT captions and one local pair each (FAST-GOAL).",
+    "captioned": "A folder of images, captioned by an image-to-text model.",
+}
+PICTURES = {
+    "captions": "Length of the long captions in words and tokens",
+    "examples": "Images with their captions and best local pairs",
+    "boxes": "Where the boxes of the local pairs lie",
+    "near_duplicates": "The closest near-duplicates",
 }
 
 
-@dataclass(frozen=True)
-class CaptionLengths:
-    """Lengths of the long captions. tokens: BPE ids with both ends, untruncated; sentences: of a sample of the captions."""
-
-    words: np.ndarray
-    tokens: np.ndarray
-    sentences: np.ndarray
-
-
-def caption_lengths(records: pd.DataFrame) -> CaptionLengths:
-    """Measures the long captions that are not empty."""
-    texts = [text for text in records["long_caption"].fillna("") if text.strip()]
-    tokens = [
-        np.asarray(captions.tokenize(texts[first : first + TOKENIZE_AT_ONCE], max(CONTEXTS))[1])
-        for first in range(0, len(texts), TOKENIZE_AT_ONCE)
-    ]
-    sample = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), SENTENCE_SAMPLE)).astype(int)) if texts else []
-    return CaptionLengths(
-        words=np.array([len(text.split()) for text in texts], dtype=int),
-        tokens=np.concatenate(tokens) if tokens else np.zeros(0, dtype=int),
-        sentences=np.array([len(captions.split_sentences(texts[index])) for index in sample], dtype=int),
-    )
+def draw(found: Findings, folder: Path, seed: int) -> dict[str, str]:
+    """Draws the pictures that the data set has the data for. Returns their file names in `folder` by the words of
+    PICTURES."""
+    subject = found.subject
+    names = {word: f"{subject.name}_{word}.png" for word in PICTURES}
+    drawn = dict.fromkeys(PICTURES, False)
+    if len(found.lengths.tokens):
+        card_pictures.draw_lengths(found.lengths, subject.name, folder / names["captions"])
+        drawn["captions"] = True
+        drawn["examples"] = card_pictures.draw_examples(subject, seed, folder / names["examples"])
+    if subject.pairs is not None and len(subject.pairs):
+        card_pictures.draw_boxes(subject, folder / names["boxes"])
+        drawn["boxes"] = True
+    if found.near is not None and len(found.near):
+        path = folder / names["near_duplicates"]
+        drawn["near_duplicates"] = card_pictures.draw_near_duplicates(subject.dataset, found.near, found.near_origin, path)
+    return {word: names[word] for word in PICTURES if drawn[word]}
 
 
-def describe(subject: Subject, lengths: CaptionLengths, picture: str | None) -> str:
-    """The card of one data set; `picture` is the file name of the histogram beside it, None without long captions."""
+def describe(found: Findings, pictures: dict[str, str]) -> str:
+    """The card of one data set; `pictures` comes from `draw`."""
+    subject = found.subject
     records, source = subject.dataset.records, subject.dataset.source
     about = {
         "Source": source,
@@ -65,37 +78,33 @@ def describe(subject: Subject, lengths: CaptionLengths, picture: str | None) -> 
         f"## {subject.name}",
         EXPLANATIONS.get(source, ""),
         "\n".join(f"* {fact}: {value}" for fact, value in about.items()),
+        _picture(pictures, "examples"),
         "### Images",
         _table(["split", "images", "with a long caption", "short captions"], _split_rows(records)),
+        _published(found.facts),
         _table(["pixels", *_QUANTILE_NAMES], [[side, *_quantiles(records[side].to_numpy())] for side in ("width", "height")]),
         "### Long captions",
-        _captions(lengths, picture),
+        _captions(found.lengths),
+        _picture(pictures, "captions"),
     ]
     if subject.regions is not None and subject.pairs is not None:
-        parts += ["### Regions and pairs", _regions(subject), _pairs(subject)]
+        parts += ["### Regions and pairs", _regions(subject), _pairs(subject), _picture(pictures, "boxes")]
+    parts += ["### Near-duplicates", _picture(pictures, "near_duplicates")] if "near_duplicates" in pictures else []
+    parts += ["### What was looked at", "\n".join(f"* {note}" for note in found.notes)]
     parts += ["### Skipped samples", _skipped(subject)]
     return "\n\n".join(part for part in parts if part)
 
 
-def draw_tokens(lengths: CaptionLengths, name: str, path: Path) -> None:
-    """Draws the histogram of the captions' lengths in tokens, with the two contexts, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _picture(pictures: dict[str, str], word: str) -> str:
+    return f"![{PICTURES[word]}]({pictures[word]})" if word in pictures else ""
 
-    figure = Figure(figsize=(7, 3.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    longest = int(lengths.tokens.max())
-    axes.hist(lengths.tokens, bins=np.linspace(0, max(longest, CONTEXTS[0]) + 1, 50), color="#4477aa")
-    for context, colour in zip(CONTEXTS, ("#cc6677", "#228833"), strict=True):
-        if context <= max(longest, CONTEXTS[0]):
-            label = f"context {context}: {np.mean(lengths.tokens > context):.0%} of the captions are longer"
-            axes.axvline(context, color=colour, linestyle="--", label=label)
-    axes.set(title=f"{name}: length of the long captions", xlabel="tokens, with start and end", ylabel="captions")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
+
+def _published(facts: pd.DataFrame) -> str:
+    if not len(facts):
+        return ""
+    columns = facts[["fact", "published", "found"]].itertuples(index=False, name=None)
+    rows = [[fact, *(f"{value:,.10g}" for value in values)] for fact, *values in columns]
+    return _table(["fact", "published", "found"], rows)
 
 
 _QUANTILE_NAMES = ["mean", "min", "5 %", "median", "95 %", "max"]
@@ -118,14 +127,14 @@ def _split_rows(records: pd.DataFrame) -> list[list[str]]:
     return rows
 
 
-def _captions(lengths: CaptionLengths, picture: str | None) -> str:
+def _captions(lengths: CaptionLengths) -> str:
     if len(lengths.words) == 0:
         return "None."
     rows = [[unit, *_quantiles(getattr(lengths, unit))] for unit in ("words", "sentences", "tokens")]
     beyond = "; ".join(f"{np.mean(lengths.tokens > context):.1%} have more than {context} tokens" for context in CONTEXTS)
+    counted = f"Of {len(lengths.tokens):,} captions {beyond}."
     sampled = "" if len(lengths.sentences) == len(lengths.words) else f" Sentences: of {len(lengths.sentences):,} captions."
-    text = f"{_table(['per caption', *_QUANTILE_NAMES], rows)}\n\nOf {len(lengths.words):,} captions {beyond}.{sampled}"
-    return text if picture is None else f"{text}\n\n![Length of the long captions in tokens]({picture})"
+    return f"{_table(['per caption', *_QUANTILE_NAMES], rows)}\n\n{counted}{sampled}"
 
 
 def _regions(subject: Subject) -> str:

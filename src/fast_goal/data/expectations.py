@@ -1,8 +1,7 @@
 """The expectations on a data set's tables, run by Great Expectations (`fast-goal validate`).
 
-One suite per table: records, regions, pairs. `records_rules`, `regions_rules` and `pairs_rules` say what is expected of
-the columns that `data/quality.py` makes; `check` runs the suites, builds the Data Docs and says which rows fail.
-A rule is critical (the pipeline stops) or a warning (it is listed).
+One suite per table; `data/rules.py` says what is expected. `check` runs the suites, builds the Data Docs and says which
+rows fail. A rule is `critical` (the pipeline stops), a `warning` (somebody should look) or `info` (worth knowing).
 """
 
 from __future__ import annotations
@@ -11,25 +10,24 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
-from fast_goal.config import ValidateConfig
 from fast_goal.data.data_docs import Result, make_local
-from fast_goal.data.quality import KINDS
-from fast_goal.data.records import SPLITS
 
-MAX_WORDS = 2000  # a guess: beyond it, a "caption" is more likely a whole document in the wrong column
-COSINE_TOLERANCE = 1e-5  # float32 rounding of the cosine of two unit vectors
+Severity = Literal["critical", "warning", "info"]
+SEVERITIES: tuple[Severity, ...] = ("critical", "warning", "info")  # the worst first; the words of Great Expectations
 EXAMPLES = 10  # failing rows kept for the reports
+COMPLETE_ROWS = 50_000  # a table of more has 20 failing rows in the Data Docs: listing 150,000 takes Great Expectations 20 s
 
 
 @dataclass(frozen=True)
 class Rule:
     """One expectation: a class of Great Expectations with its arguments, in words, and what to do when it fails.
 
-    `shows`: columns of a failing row to print when its value alone says too little.
+    `shows`: columns of a failing row to print when its value alone says too little. `looked_at`: the rows the rule could
+    see, where those are a sample.
     """
 
     name: str
@@ -37,8 +35,9 @@ class Rule:
     fix: str
     expectation: str
     arguments: dict[str, Any]
-    critical: bool = True
+    severity: Severity = "critical"
     shows: tuple[str, ...] = ()
+    looked_at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -65,196 +64,13 @@ class Outcome:
     @property
     def critical_failure(self) -> bool:
         """Whether the pipeline must stop."""
-        return not self.passed and self.rule.critical
+        return not self.passed and self.rule.severity == "critical"
 
     def lines(self, examples: int) -> list[str]:
         """The outcome as text: what failed, the first rows, the fix."""
         shown = self.examples[:examples]
         more = [f"... and {self.failing - len(shown)} more"] if shown and self.failing > len(shown) else []
         return [f"{self.suite}, {self.rule.name}: {self.rule.title}: {self.observed}", *shown, *more, f"fix: {self.rule.fix}"]
-
-
-def records_rules(config: ValidateConfig, training: bool, flism: bool, detector_only: bool, long_captions: bool) -> list[Rule]:
-    """The rules on records.
-
-    training: the counts, which are given for the training data set, apply. flism: regions and pairs are expected.
-    detector_only: an image without a detection then rightly has no region. long_captions: the set has some.
-    """
-    again = "run `dvc repro --force download` to make the records again from the files as they are now"
-    rules = [
-        Rule(
-            "not_empty",
-            "the table has rows",
-            "check the paths and columns of the data set in params.yaml and the reasons in data/records/<name>_skipped.parquet",
-            "ExpectTableRowCountToBeBetween",
-            {"min_value": 1},
-        ),
-        Rule(
-            "ids_unique",
-            "image ids are unique",
-            "give every image its own id in the caption table, or leave the id column out",
-            "ExpectColumnValuesToBeUnique",
-            {"column": "image_id"},
-            shows=("image_path", "split"),
-        ),
-        _clean("files_exist", "every image file exists", f"restore the files, or {again}", "missing_file"),
-        _clean("images_decode", "every image decodes", f"replace the files, then {again}", "undecodable", ("image_path",)),
-        _clean("sizes_agree", "the files have the sizes of the table", again, "wrong_size", ("image_path",)),
-        Rule(
-            "splits_known",
-            f"every split is one of {', '.join(SPLITS)}",
-            "correct the split column of the caption table",
-            "ExpectColumnValuesToBeInSet",
-            {"column": "split", "value_set": list(SPLITS)},
-        ),
-        _clean(
-            "no_test_id_in_training",
-            "no test image is a training image, by id",
-            "keep the image in one split only",
-            "id_in_training",
-        ),
-        _clean(
-            "no_test_image_in_training",
-            "no test image is a training image, by the bytes of its file",
-            "remove one of the two copies, or put both into one split",
-            "bytes_in_training",
-            ("image_path",),
-        ),
-        _clean(
-            "no_validation_image_in_training",
-            "no validation image is a training image, by the bytes of its file",
-            "remove one of the two copies, or put both into one split",
-            "validation_in_training",
-            ("image_path",),
-            critical=False,
-        ),
-        Rule(
-            "few_skipped",
-            f"at most {config.max_skipped:.1%} of the samples are skipped",
-            "read the reasons in the data card, mend the samples, or raise validate.max_skipped",
-            "ExpectColumnMaxToBeBetween",
-            {"column": "skipped_share", "max_value": config.max_skipped},
-        ),
-    ]
-    if long_captions or training:
-        rules += _caption_rules(config)
-    if training:
-        rules += [
-            Rule(
-                f"count_{split}",
-                f"split {split} has {count} images",
-                f"complete the data set, or correct validate.expected_counts.{split}",
-                "ExpectTableRowCountToEqual",
-                {"value": count, "row_condition": f"split=={split!r}", "condition_parser": "pandas"},
-            )
-            for split, count in config.expected_counts.items()
-        ]
-    if flism:
-        rules += [
-            _clean(
-                "regions_present",
-                "every image FLISM was asked for has regions",
-                "run `dvc repro --force flism`" + (", or set flism.regions=both" if detector_only else ""),
-                "no_regions",
-                ("split",),
-                critical=not detector_only,
-            ),
-            Rule(
-                "pairs_present",
-                f"at least {config.min_pairs:.1%} of the images FLISM was asked for have a pair",
-                "see data/flism/<name>/skipped.parquet for the reasons, or lower validate.min_pairs",
-                "ExpectColumnValuesToBeInSet",
-                {"column": "has_pair", "value_set": ["yes"], "mostly": config.min_pairs},
-                shows=("split",),
-            ),
-        ]
-    return rules
-
-
-def _caption_rules(config: ValidateConfig) -> list[Rule]:
-    low, high = config.min_mean_words, config.max_mean_words
-    return [
-        _clean(
-            "long_captions_present",
-            "every image of train, val and test has a long caption",
-            "give the image a caption, or remove its rows from the caption table",
-            "no_long_caption",
-            ("split",),
-        ),
-        Rule(
-            "mean_words",
-            f"long captions have {low:g} to {high:g} words on average",
-            "check that the column long_caption holds the captions, or change validate.min_mean_words and max_mean_words",
-            "ExpectColumnMeanToBeBetween",
-            {"column": "long_words", "min_value": low, "max_value": high},
-        ),
-        Rule(
-            "max_words",
-            f"no long caption has more than {MAX_WORDS} words",
-            "shorten it: what lies beyond the context of the text encoder is cut off and teaches nothing",
-            "ExpectColumnValuesToBeBetween",
-            {"column": "long_words", "max_value": MAX_WORDS},
-            critical=False,
-        ),
-    ]
-
-
-def regions_rules() -> list[Rule]:
-    """The rules on regions."""
-    again = "run `dvc repro --force flism`"
-    return [
-        Rule("not_empty", "the table has rows", again, "ExpectTableRowCountToBeBetween", {"min_value": 1}),
-        _clean("values_complete", "no value is missing", again, "incomplete", ("region_index",)),
-        _clean("images_known", "every region belongs to an image of the records", again, "unknown_image", ("region_index",)),
-        Rule(
-            "indices_unique",
-            "region_index is unique within an image",
-            again,
-            "ExpectCompoundColumnsToBeUnique",
-            {"column_list": ["image_id", "region_index"]},
-            shows=("region_index",),
-        ),
-        _clean("boxes_inside", "every box lies inside its image", again, "outside", ("region_index",)),
-        _clean("areas_positive", "every box has a positive area", again, "no_area", ("region_index",)),
-        Rule(
-            "kinds_known",
-            f"every kind is one of {', '.join(KINDS)}",
-            again,
-            "ExpectColumnValuesToBeInSet",
-            {"column": "kind", "value_set": list(KINDS)},
-            shows=("region_index",),
-        ),
-        Rule(
-            "scores_in_range",
-            "every score lies in [0, 1]",
-            again,
-            "ExpectColumnValuesToBeBetween",
-            {"column": "score", "min_value": 0.0, "max_value": 1.0},
-            shows=("region_index",),
-        ),
-    ]
-
-
-def pairs_rules() -> list[Rule]:
-    """The rules on pairs."""
-    again = "run `dvc repro --force flism`"
-    return [
-        Rule("not_empty", "the table has rows", again, "ExpectTableRowCountToBeBetween", {"min_value": 1}),
-        _clean("values_complete", "no value is missing", again, "incomplete", ("rank",)),
-        _clean("images_known", "every pair belongs to an image of the records", again, "unknown_image", ("rank",)),
-        _clean("sentences_are_spans", "every sentence is its span of the long caption", again, "not_the_span", ("rank",)),
-        Rule(
-            "similarities_in_range",
-            "every similarity lies in [-1, 1]",
-            again,
-            "ExpectColumnValuesToBeBetween",
-            {"column": "similarity", "min_value": -1 - COSINE_TOLERANCE, "max_value": 1 + COSINE_TOLERANCE},
-            shows=("rank",),
-        ),
-        _clean("one_best", "every image with pairs has exactly one of rank 1", again, "not_one_best", ("rank",)),
-        _clean("ranks_contiguous", "the ranks of an image count up from 1", again, "rank_gap"),
-        _clean("boxes_of_regions", "every pair has the box and the kind of its region", again, "not_the_region", ("rank",)),
-    ]
 
 
 def check(suites: Sequence[Suite], docs: Path, run_name: str = "validate") -> list[Outcome]:
@@ -292,11 +108,7 @@ def check(suites: Sequence[Suite], docs: Path, run_name: str = "validate") -> li
         checkpoint = gx.Checkpoint(
             name=suite.name,
             validation_definitions=[context.validation_definitions.add(definition)],
-            result_format={
-                "result_format": "COMPLETE",
-                "unexpected_index_column_names": ["row", "image_id"],
-                "include_unexpected_rows": False,
-            },
+            result_format=_result_format(suite.table),
         )
         run = context.checkpoints.add(checkpoint).run(
             batch_parameters={"dataframe": suite.table}, run_id=gx.RunIdentifier(run_name=run_name)
@@ -310,20 +122,22 @@ def check(suites: Sequence[Suite], docs: Path, run_name: str = "validate") -> li
 
 
 def _result(suite: Suite, outcomes: Sequence[Outcome]) -> Result:
-    failed = sum(outcome.suite == suite.name and not outcome.passed for outcome in outcomes)
-    return Result(suite.name, len(suite.table), len(suite.rules), failed)
+    failed = [outcome.rule.severity for outcome in outcomes if outcome.suite == suite.name and not outcome.passed]
+    return Result(suite.name, len(suite.table), len(suite.rules), len(failed), noted=failed.count("info"))
 
 
-def _clean(name: str, title: str, fix: str, column: str, shows: tuple[str, ...] = (), critical: bool = True) -> Rule:
-    """A rule that the problem column `column` is empty."""
-    return Rule(name, title, fix, "ExpectColumnValuesToBeNull", {"column": column}, critical, shows)
+def _result_format(table: pd.DataFrame) -> dict[str, Any]:
+    if len(table) > COMPLETE_ROWS:
+        return {"result_format": "SUMMARY"}
+    columns = [name for name in ("row", "image_id") if name in table]
+    return {"result_format": "COMPLETE", "unexpected_index_column_names": columns, "include_unexpected_rows": False}
 
 
 def _expectation(gx: Any, rule: Rule) -> Any:
     kind = getattr(gx.expectations, rule.expectation)
     return kind(
         **rule.arguments,
-        severity="critical" if rule.critical else "warning",
+        severity=rule.severity,
         description=rule.title[0].upper() + rule.title[1:],
         notes=rule.fix,
         meta={"name": rule.name},
@@ -337,8 +151,10 @@ def _outcome(suite: Suite, rule: Rule, result: Any) -> Outcome:
     if "unexpected_count" in details:
         failing = details["unexpected_count"]
         asked = details["element_count"] - (0 if rule.expectation.endswith("Null") else details.get("missing_count") or 0)
-        numbers = [int(place["row"]) for place in (details.get("unexpected_index_list") or [])[:EXAMPLES]]
+        places = details.get("unexpected_index_list") or details.get("partial_unexpected_index_list") or []
+        numbers = [int(place["row"] if isinstance(place, Mapping) else place) for place in places[:EXAMPLES]]
         examples = [_example(suite.table, rule, number) for number in numbers]
+        asked = asked if rule.looked_at is None else rule.looked_at
         return Outcome(suite.name, rule, False, rows, failing, f"{failing} of {asked} rows fail", examples)
     if "observed_value" in details:
         value = details["observed_value"]
@@ -349,7 +165,7 @@ def _outcome(suite: Suite, rule: Rule, result: Any) -> Outcome:
 
 def _example(table: pd.DataFrame, rule: Rule, number: int) -> str:
     row = table.iloc[number]
-    columns = dict.fromkeys(["image_id", *rule.shows])
+    columns = [column for column in dict.fromkeys(["image_id", *rule.shows]) if column in table]
     place = ", ".join([f"row {number}", *(f"{column} {_plain(row[column])}" for column in columns)])
     column = rule.arguments.get("column")
     if column is None or column in columns:

@@ -9,6 +9,7 @@ Boxes are float pixels of the original image, x2 and y2 exclusive.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from fast_goal.data.caption_checks import count_words, quote, sample_rows, texts_of
 from fast_goal.data.images import open_image
 from fast_goal.data.records import UNNAMED, Dataset
 from fast_goal.errors import DataError
@@ -26,6 +28,8 @@ LONG_SPLITS = ("train", "val", "test")  # whose images need a long caption
 KINDS = ("detector", "quadrant", "centre")
 BOX = ["x1", "y1", "x2", "y2"]
 TOLERANCE = 1e-3  # pixels: boxes pass through float32
+MEAN_TOLERANCE = 0.05  # fraction: publications round, and count words differently
+ODD_AREA = 6.0  # robust standard deviations; a guess: photographs of mixed origin stay within 4
 
 
 @dataclass(frozen=True)
@@ -65,40 +69,134 @@ class Subject:
         return len(lost) / max(len(known | lost), 1)
 
 
-def inspect_images(dataset: Dataset, workers: int | None = None) -> pd.DataFrame:
-    """Decodes every image in full, in threads.
+def inspect_images(dataset: Dataset, most: int | None = None, seed: int = 0, workers: int | None = None) -> pd.DataFrame:
+    """Looks up every file, and decodes the images in full, in threads; of more than `most` images a random sample of
+    `most` (None: all).
 
     Returns, in the order of the records, the columns `missing_file`, `undecodable` and `wrong_size` (the file's size
-    after EXIF rotation against `width` and `height`); at most one of them is filled.
+    after EXIF rotation against `width` and `height`), at most one of them filled, and `decoded`: whether it was tried.
     """
     records = dataset.records
-    found: list[tuple[str | None, str | None, str | None]] = []
     paths, widths, heights = records["image_path"].tolist(), records["width"].tolist(), records["height"].tolist()
+    columns = {name: np.full(len(records), None, dtype=object) for name in ("missing_file", "undecodable", "wrong_size")}
+    for row, path in enumerate(paths):
+        try:
+            entry = dataset.path(path).stat()
+        except OSError:
+            columns["missing_file"][row] = f"no file {path}"
+            continue
+        if not stat.S_ISREG(entry.st_mode):
+            columns["missing_file"][row] = f"no file {path}"
+        elif entry.st_size == 0:
+            columns["undecodable"][row] = "the file is empty (0 bytes)"
+    chosen = sample_rows(len(records), len(records) if most is None else most, seed)
+    decoded = np.zeros(len(records), dtype=bool)
+    decoded[chosen] = True
 
-    def inspect(path: str, width: int, height: int) -> tuple[str | None, str | None, str | None]:
-        file = dataset.path(path)
-        if not file.is_file():
-            return f"no file {path}", None, None
+    def decode(row: int) -> tuple[int, str | None, str | None]:
+        file = dataset.path(paths[row])
         try:
             size = open_image(file).size
         except DataError as error:
-            return None, str(error).removeprefix(f"{file}: "), None
-        if size != (width, height):
-            return None, None, f"the file has {size[0]} x {size[1]} pixels, the table {width} x {height}"
-        return None, None, None
+            return row, str(error).removeprefix(f"{file}: "), None
+        if size != (widths[row], heights[row]):
+            return row, None, f"the file has {size[0]} x {size[1]} pixels, the table {widths[row]} x {heights[row]}"
+        return row, None, None
 
+    there = [row for row in chosen.tolist() if columns["missing_file"][row] is None]
     with (
-        Progress(f"validate {dataset.name}", len(records), "images") as progress,
+        Progress(f"validate {dataset.name}", len(there), "images") as progress,
         ThreadPoolExecutor(workers or os.cpu_count()) as pool,
     ):
-        for result in pool.map(inspect, paths, widths, heights):
-            found.append(result)
+        for row, undecodable, wrong_size in pool.map(decode, there):
+            columns["undecodable"][row], columns["wrong_size"][row] = undecodable, wrong_size
             progress.update()
-    return pd.DataFrame(found, columns=["missing_file", "undecodable", "wrong_size"], dtype=object)
+    texts = {name: pd.Series(column, dtype=object) for name, column in columns.items()}
+    return pd.DataFrame({**texts, "decoded": decoded})
 
 
-def records_table(subject: Subject, images: pd.DataFrame, training: Dataset) -> pd.DataFrame:
-    """The records with their problems; `images` comes from `inspect_images`, `training` is the training data set.
+def outlier_columns(records: pd.DataFrame, max_aspect: float, image_size: int | None) -> pd.DataFrame:
+    """The images of unusual size or shape, a column of problems each: `small_image` (than the model's input, `image_size`
+    pixels; not there where that is None), `long_shape` and `odd_area`.
+
+    An area is odd beyond `ODD_AREA` robust standard deviations of the logarithm of the areas, which are the median
+    distance from the median times 1.4826; where most images have one size nothing is odd.
+    """
+    width, height = (records[side].to_numpy(dtype=float) for side in ("width", "height"))
+    columns = {}
+    if image_size is not None:
+        small = np.minimum(width, height) < image_size
+        columns["small_image"] = _describe(
+            small, lambda i: f"{width[i]:g} x {height[i]:g} pixels, enlarged to {image_size} for the model"
+        )
+    shape = np.maximum(width, height) / np.maximum(np.minimum(width, height), 1)
+    columns["long_shape"] = _describe(
+        shape > max_aspect, lambda i: f"{width[i]:g} x {height[i]:g} pixels: one side is {shape[i]:.1f} times the other"
+    )
+    area = np.log(np.maximum(width * height, 1))
+    middle = np.median(area) if len(area) else 0.0
+    spread = 1.4826 * np.median(np.abs(area - middle)) if len(area) else 0.0
+    score = (area - middle) / spread if spread > 0 else np.zeros(len(area))
+    columns["odd_area"] = _describe(
+        np.abs(score) > ODD_AREA,
+        lambda i: f"{width[i]:g} x {height[i]:g} pixels, {np.exp(area[i] - middle):.3g} times the median area",
+    )
+    return pd.DataFrame(columns)
+
+
+def fact_columns(subject: Subject, top_k: int) -> pd.DataFrame:
+    """What is published of every image against the tables: `wrong_captions` (short captions) and `wrong_pairs`, of the
+    images that FLISM was asked for. Only the columns for which something is published. `top_k`: the pairs FLISM keeps of
+    an image, which may be more than the publication's."""
+    facts, records = subject.dataset.facts or {}, subject.dataset.records
+    columns = {}
+    if (captions := facts.get("captions")) is not None:
+        found = records["captions"].map(len).to_numpy()
+        columns["wrong_captions"] = _describe(
+            found != captions, lambda i: f"{found[i]} short captions, published are {captions}"
+        )
+    if (pairs := facts.get("pairs")) is not None and subject.pairs is not None:
+        count = records["image_id"].map(subject.pairs["image_id"].value_counts()).fillna(0).to_numpy(dtype=int)
+        left_out = subject.skipped.loc[subject.skipped["step"] == "flism", "sample"]
+        asked = records["split"].isin(subject.flism_splits).to_numpy() & ~_is_in(records["image_id"], left_out)
+        wrong = asked & ((count < pairs) | (count > max(pairs, top_k)))
+        columns["wrong_pairs"] = _describe(wrong, lambda i: f"{count[i]} local pairs, published are {pairs}")
+    return pd.DataFrame(columns, index=pd.RangeIndex(len(records)))
+
+
+def facts_table(dataset: Dataset, words: np.ndarray) -> pd.DataFrame:
+    """What is published about the data set as a whole against what was found.
+
+    Columns: `row`, `fact`, `published`, `found`, and the problems `wrong_count` and `wrong_mean` (of the words of the long
+    captions, by more than `MEAN_TOLERANCE`). Samples are counted before anything is left out, under the publication's own
+    names; where the source does not count them, the records of our splits are. `all` is their sum. `words`: of each long
+    caption.
+    """
+    facts, records = dataset.facts or {}, dataset.records
+    found = dict(dataset.published) or records["split"].value_counts().to_dict()
+    found.setdefault("all", sum(found.values()))
+    rows: list[dict[str, object]] = []
+    for name, published in facts.get("counts", {}).items():
+        here = int(found.get(name, 0))
+        problem = f"{here:,} samples, published are {published:,}" if here != published else None
+        rows.append({"fact": f"samples of {name}", "published": published, "found": here, "wrong_count": problem})
+    if (published := facts.get("mean_words")) is not None:
+        mean = float(words[words > 0].mean()) if (words > 0).any() else 0.0
+        off = abs(mean - published) > MEAN_TOLERANCE * published
+        problem = f"{mean:.1f} words, published are {published:g}" if off else None
+        rows.append({"fact": "mean words of the long captions", "published": published, "found": round(mean, 1)})
+        rows[-1]["wrong_mean"] = problem
+    table = pd.DataFrame(rows, columns=["fact", "published", "found", "wrong_count", "wrong_mean"])
+    table[["wrong_count", "wrong_mean"]] = (
+        table[["wrong_count", "wrong_mean"]].astype(object).where(lambda cell: cell.notna(), None)
+    )
+    table.insert(0, "row", np.arange(len(table)))
+    return table
+
+
+def records_table(subject: Subject, images: pd.DataFrame, training: Dataset, words: np.ndarray | None = None) -> pd.DataFrame:
+    """The records with their problems; `images` comes from `inspect_images`, `training` is the training data set, `words`
+    counts those of each long caption, where that was done already.
 
     Ids are compared with the training images only within one data set: two data sets may both number from 1. The
     bytes of the files are compared in any case. `has_pair` is 'yes' or 'no', None for an image FLISM was not asked for.
@@ -108,7 +206,7 @@ def records_table(subject: Subject, images: pd.DataFrame, training: Dataset) -> 
     for column in ("image_id", "image_path", "split"):
         table[column] = records[column].to_numpy()
     table = table.join(images)
-    words = records["long_caption"].fillna("").str.split().str.len().to_numpy()
+    words = count_words(texts_of(records)) if words is None else words
     needs_long = records["split"].isin(LONG_SPLITS).to_numpy() & subject.has_long_captions
     table["no_long_caption"] = _text(needs_long & (words == 0), "the long caption is empty")
     table["long_words"] = np.where(words > 0, words, np.nan)
@@ -123,10 +221,10 @@ def records_table(subject: Subject, images: pd.DataFrame, training: Dataset) -> 
 
     asked = records["split"].isin(subject.flism_splits).to_numpy()
     if subject.regions is not None and subject.pairs is not None:
-        left_out = records["image_id"].isin(subject.skipped["sample"]).to_numpy()
-        bare = asked & ~left_out & ~records["image_id"].isin(subject.regions["image_id"]).to_numpy()
+        left_out = _is_in(records["image_id"], subject.skipped["sample"])
+        bare = asked & ~left_out & ~_is_in(records["image_id"], subject.regions["image_id"])
         table["no_regions"] = _text(bare, "the regions table has no row for it")
-        paired = records["image_id"].isin(subject.pairs["image_id"]).to_numpy()
+        paired = _is_in(records["image_id"], subject.pairs["image_id"])
         table["has_pair"] = pd.Series(np.where(asked, np.where(paired, "yes", "no"), None), dtype=object)
     table["skipped_share"] = subject.skipped_share
     return table
@@ -183,7 +281,7 @@ def _not_the_span(pairs: pd.DataFrame, records: pd.DataFrame) -> pd.Series:
             problems.append(None)
             continue
         span = caption[int(start) : int(end)] if 0 <= start < end else ""
-        problem = f"the caption's characters {start} to {end} are {_short(span)}, the sentence is {_short(sentence)}"
+        problem = f"the caption's characters {start} to {end} are {quote(span)}, the sentence is {quote(sentence)}"
         problems.append(None if span and span == sentence else problem)
     return pd.Series(problems, dtype=object)
 
@@ -208,13 +306,22 @@ def _not_the_region(pairs: pd.DataFrame, regions: pd.DataFrame) -> pd.Series:
 
 def _leaks(records: pd.DataFrame, seen: pd.DataFrame, key: str, asked: np.ndarray, origin: str) -> pd.Series:
     """For the rows `asked`: the first training image with the same `key`; an empty key is equal to nothing."""
-    first = seen[seen[key].fillna("") != ""].drop_duplicates(key)
-    names = [
-        f"the same {key} as image {image_id!r} of split {split} of {origin} (row {row})"
-        for row, image_id, split in zip(first.index, first["image_id"], first["split"], strict=True)
-    ]
-    matches = records[key].map(dict(zip(first[key], names, strict=True)))
-    return matches.where(asked).astype(object).where(lambda text: text.notna(), None).reset_index(drop=True)
+    keys = seen[key].fillna("").tolist()
+    first = dict(zip(reversed(keys), range(len(keys) - 1, -1, -1), strict=True))
+    first.pop("", None)
+    places = np.array([first.get(value, -1) for value in records[key].tolist()], dtype=np.int64)
+
+    def problem(i: int) -> str:
+        row = seen.iloc[places[i]]
+        return f"the same {key} as image {row['image_id']!r} of split {row['split']} of {origin} (row {seen.index[places[i]]})"
+
+    return _describe(asked & (places >= 0), problem)
+
+
+def _is_in(values: pd.Series, known: pd.Series) -> np.ndarray:
+    """Which of the values are known; for texts faster than `isin`."""
+    texts = set(known.tolist())
+    return np.fromiter((value in texts for value in values.tolist()), dtype=bool, count=len(values))
 
 
 def _numbered(frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
@@ -229,7 +336,7 @@ def _incomplete(frame: pd.DataFrame, columns: list[str]) -> pd.Series:
 
 
 def _unknown(frame: pd.DataFrame, records: pd.DataFrame) -> pd.Series:
-    return _text(~frame["image_id"].isin(records["image_id"]).to_numpy(), "no such image in the records")
+    return _text(~_is_in(frame["image_id"], records["image_id"]), "no such image in the records")
 
 
 def _text(wrong: np.ndarray, problem: str) -> pd.Series:
@@ -241,7 +348,3 @@ def _describe(wrong: np.ndarray, problem: Callable[[int], str]) -> pd.Series:
     for index in np.flatnonzero(wrong):
         column[index] = problem(index)
     return pd.Series(column, dtype=object)
-
-
-def _short(text: str, length: int = 60) -> str:
-    return repr(text if len(text) <= length else f"{text[:length]}…")

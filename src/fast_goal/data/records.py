@@ -2,14 +2,15 @@
 
 One schema each, here and nowhere else; it is checked when a table is written and when it is read. A data set `NAME`
 is, in `data/records/`: `NAME.parquet` (records), `NAME.json` (where its files are, counts, digest),
-`NAME_skipped.parquet`, and, where the source knows what is in the pictures, `NAME_truth.parquet` and
-`NAME_objects.parquet`.
+`NAME_skipped.parquet`; `NAME_hashes.parquet` where the images were decoded; and, where the source knows what is in the
+pictures, `NAME_truth.parquet` and `NAME_objects.parquet`.
 
 Boxes are float pixels of the original image after its EXIF rotation, x2 and y2 exclusive.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -105,6 +106,15 @@ PAIRS = _schema(
         **_BOX,
         "kind": pa.string(),
         "similarity": pa.float64(),  # cosine
+        "weight": pa.float64(),  # of the pair among those of its image, which add up to 1
+    },
+)
+HASHES = _schema(
+    "hashes",
+    "download",
+    {
+        "image_id": pa.string(),
+        "perceptual_hash": pa.string(),  # 64-bit pHash as 16 hexadecimal digits
     },
 )
 SKIPPED = _schema(
@@ -119,7 +129,7 @@ SKIPPED = _schema(
     },
 )
 
-_SUFFIXES = {"records": "", "skipped": "_skipped", "truth": "_truth", "objects": "_objects"}
+_SUFFIXES = {"records": "", "skipped": "_skipped", "truth": "_truth", "objects": "_objects", "hashes": "_hashes"}
 
 
 def write_table(path: Path | str, rows: pd.DataFrame | Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
@@ -166,7 +176,9 @@ class Dataset:
     """A data set as the steps see it.
 
     `root` is the folder that `image_path` is relative to. `truth` and `objects` are None where the source does not
-    know what is in the pictures. `digest` changes with any value of the records, the images' content included.
+    know what is in the pictures, `hashes` where it did not decode the images. `digest` changes with any value of the
+    records, the images' content included. `published` counts the samples of the publication's own splits, under its own
+    names, before anything was left out; `facts` is what is published about the set (`data.sources.Facts` as a mapping).
     """
 
     name: str
@@ -176,6 +188,9 @@ class Dataset:
     objects: pd.DataFrame | None = None
     source: str = ""
     digest: str = ""
+    hashes: pd.DataFrame | None = None
+    published: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    facts: Mapping[str, Any] | None = None
 
     def split(self, *names: str) -> pd.DataFrame:
         """The records of the named splits, in the order of the table, numbered from 0. Raises DataError for a word
@@ -199,8 +214,11 @@ def write_dataset(
     skipped: pd.DataFrame | Iterable[Mapping[str, Any]],
     truth: pd.DataFrame | Iterable[Mapping[str, Any]] | None = None,
     objects: pd.DataFrame | Iterable[Mapping[str, Any]] | None = None,
+    hashes: pd.DataFrame | Iterable[Mapping[str, Any]] | None = None,
     *,
     source: str,
+    published: Mapping[str, int] | None = None,
+    facts: Mapping[str, Any] | None = None,
     folder: Path = RECORDS_FOLDER,
 ) -> None:
     """Writes the files of a data set; `<name>.json` comes last and marks it complete.
@@ -223,7 +241,7 @@ def write_dataset(
     (folder / f"{name}.json").unlink(missing_ok=True)
     write_table(paths["records"], frame, RECORDS)
     write_table(paths["skipped"], skipped, SKIPPED)
-    for table, values, schema in (("truth", truth, TRUTH), ("objects", objects, OBJECTS)):
+    for table, values, schema in (("truth", truth, TRUTH), ("objects", objects, OBJECTS), ("hashes", hashes, HASHES)):
         if values is None:
             paths[table].unlink(missing_ok=True)
         else:
@@ -235,6 +253,8 @@ def write_dataset(
         "images": len(frame),
         "splits": {split: int((frame["split"] == split).sum()) for split in SPLITS},
         "digest": _digest(frame),
+        "published": dict(published or {}),
+        "facts": dict(facts) if facts is not None else None,
     }
     write_json(folder / f"{name}.json", info)
 
@@ -258,6 +278,9 @@ def load_dataset(name: str, folder: Path = RECORDS_FOLDER) -> Dataset:
         objects=read_table(paths["objects"], OBJECTS) if paths["objects"].exists() else None,
         source=info["source"],
         digest=info["digest"],
+        hashes=read_table(paths["hashes"], HASHES) if paths["hashes"].exists() else None,
+        published=info["published"],
+        facts=info["facts"],
     )
 
 

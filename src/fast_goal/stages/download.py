@@ -6,11 +6,12 @@ own files are in `data/datasets/<name>/`. Tables and files of data sets that par
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fast_goal.config import Params
+from fast_goal.config import Params, to_dict
 from fast_goal.data.records import (
     DATASETS_FOLDER,
     RECORDS_FOLDER,
@@ -21,8 +22,8 @@ from fast_goal.data.records import (
     remove_dataset,
     write_dataset,
 )
-from fast_goal.data.sources import Loaded, source_config
-from fast_goal.files import write_json
+from fast_goal.data.sources import Loaded, source_config, source_facts
+from fast_goal.files import read_json, write_json
 from fast_goal.tracking import Tracker
 
 
@@ -34,16 +35,21 @@ def main(params: Params, track: Tracker) -> None:
     sources = {}
     for name, values in sections.items():
         check_name(name)
-        sources[name] = source_config(values, f"download.datasets.{name}")
+        sources[name] = (*source_config(values, f"download.datasets.{name}"), source_facts(values, f"download.datasets.{name}"))
     RECORDS_FOLDER.mkdir(parents=True, exist_ok=True)
     DATASETS_FOLDER.mkdir(parents=True, exist_ok=True)
     for path in dataset_files():
         if path.stem not in sections:
             remove_dataset(path.stem)
             print(f"download: the data set {path.stem} is no longer in params.yaml; its tables were removed")
+        elif read_json(path)["source"] != sections[path.stem]["source"]:
+            remove_dataset(path.stem)  # the files of one source are nothing to another
+    for folder in DATASETS_FOLDER.iterdir():  # DVC empties data/records before this step, and keeps what was unpacked
+        if folder.name not in sections and folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder)
 
     metrics: dict[str, Any] = {}
-    for name, (load, config) in sources.items():
+    for name, (load, config, published_facts) in sources.items():
         loaded = load(config, name, DATASETS_FOLDER / name)
         write_dataset(
             name,
@@ -52,7 +58,10 @@ def main(params: Params, track: Tracker) -> None:
             loaded.skipped,
             loaded.truth,
             loaded.objects,
+            loaded.hashes,
             source=sections[name]["source"],
+            published=loaded.published,
+            facts=to_dict(published_facts) if published_facts else None,
         )
         metrics[name] = facts(loaded)
         print(summary(name, loaded, metrics[name]))

@@ -1,6 +1,6 @@
 """`fast-goal validate`: judges records, regions and pairs, and writes the reports to `data/validation/`.
 
-summary.json (counts and every outcome), summary.md (for reading), data_card.md with a histogram per data set, and
+summary.json (counts and every outcome), summary.md (for reading), data_card.md with pictures per data set, and
 data_docs/ (the static site of Great Expectations; open index.html). All are written before a critical failure stops
 the pipeline, so that they can be looked at.
 """
@@ -13,37 +13,50 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fast_goal.config import Params
-from fast_goal.errors import ValidationError
-from fast_goal.files import write_json, write_text
+from fast_goal.errors import DataError, ValidationError
+from fast_goal.files import read_json, write_json, write_text
 
 if TYPE_CHECKING:
-    from fast_goal.data.expectations import Outcome, Suite
+    import pandas as pd
+
+    from fast_goal.data.expectations import Outcome
     from fast_goal.data.quality import Subject
     from fast_goal.data.records import Dataset
+    from fast_goal.data.validation import Base, Cosines, Findings
     from fast_goal.tracking import Tracker
 
-FLISM, OUTPUT = Path("data/flism"), Path("data/validation")
+FLISM, OUTPUT, BASE = Path("data/flism"), Path("data/validation"), Path("models/base/clip")
 EXAMPLES_SHOWN = 3  # failing rows in the error message; summary.md lists more
+BATCH_SIZE = 32
+TITLES = {"critical": "Critical failures", "warning": "Warnings", "info": "For information"}
+KEYS = {"critical": "critical", "warning": "warnings", "info": "info"}  # of the counts in summary.json
 
 
 def main(params: Params, track: Tracker) -> None:
     """Runs the step. Raises ValidationError when a critical expectation fails, DataError for a missing table."""
     from fast_goal.data.expectations import check
+    from fast_goal.data.quality import inspect_images
     from fast_goal.data.records import load_dataset
+    from fast_goal.data.validation import Settings, examine, suites_of
 
     begin = time.monotonic()
     training = load_dataset(params.download.train_dataset)
     track.input(training, "validation")
-    names = [training.name, *(name for name in params.download.datasets if name != training.name)]
-    subjects = [_subject(params, name) for name in names]
-    suites = [suite for subject in subjects for suite in _suites(params, subject, training)]
-    outcomes = check(suites, OUTPUT / "data_docs", run_name=params.download.train_dataset)
-    _write_card(subjects)
+    settings = Settings(params.validate, training, params.flism.regions == "detector", params.flism.top_k, _base())
+    findings = []
+    for name in [training.name, *(name for name in params.download.datasets if name != training.name)]:
+        subject = _subject(params, name, training)
+        images = inspect_images(subject.dataset, params.validate.max_decoded, params.validate.seed)
+        cosines, problem = _cosines(params, subject, images, settings.base)
+        findings.append(examine(subject, images, settings, cosines))
+        findings[-1].notes.extend([problem] if problem else [])
+    outcomes = check(suites_of(findings), OUTPUT / "data_docs", run_name=params.download.train_dataset)
+    _write_card(findings, params.validate.seed)
 
-    numbers = _numbers(outcomes, subjects)
+    numbers = _numbers(outcomes, findings)
     summary = {**numbers, "seconds": round(time.monotonic() - begin, 1), "outcomes": [_plain(outcome) for outcome in outcomes]}
     write_json(OUTPUT / "summary.json", summary)
-    write_text(OUTPUT / "summary.md", _summary(outcomes, suites))
+    write_text(OUTPUT / "summary.md", _summary(outcomes, findings))
 
     track.metrics({**{f"expectations_{key}": float(value) for key, value in numbers["expectations"].items()}, **_flat(numbers)})
     for name in ("summary.md", "data_card.md"):
@@ -54,18 +67,18 @@ def main(params: Params, track: Tracker) -> None:
     _stop_on_failure(outcomes)
 
 
-def _subject(params: Params, name: str) -> Subject:
+def _subject(params: Params, name: str, training: Dataset) -> Subject:
     """The tables of one data set. FLISM always runs on the training data set; elsewhere its tables are optional."""
     import pandas as pd
 
     from fast_goal.data import records
     from fast_goal.data.quality import Subject
 
-    dataset = records.load_dataset(name)
+    dataset = training if name == training.name else records.load_dataset(name)
     skipped = [records.load_skipped(name)]
     regions = pairs = None
     folder = FLISM / name
-    if name == params.download.train_dataset or folder.is_dir():
+    if name == training.name or folder.is_dir():
         regions = records.read_table(folder / "regions.parquet", records.REGIONS)
         pairs = records.read_table(folder / "pairs.parquet", records.PAIRS)
         skipped.append(records.read_table(folder / "skipped.parquet", records.SKIPPED))
@@ -73,95 +86,154 @@ def _subject(params: Params, name: str) -> Subject:
     return Subject(dataset, regions, pairs, pd.concat(skipped, ignore_index=True), splits)
 
 
-def _suites(params: Params, subject: Subject, training: Dataset) -> list[Suite]:
-    from fast_goal.data import expectations, quality
+def _base() -> Base | None:
+    """What the base's files say of it; None where the step `base` has not run."""
+    from fast_goal.data.validation import Base
 
-    rules = expectations.records_rules(
-        params.validate,
-        training=subject.name == training.name,
-        flism=subject.regions is not None,
-        detector_only=params.flism.regions == "detector",
-        long_captions=subject.has_long_captions,
+    if not (BASE / "open_clip_config.json").is_file():
+        return None
+    config = read_json(BASE / "open_clip_config.json")["model_cfg"]
+    info = read_json(BASE / "fast_goal.json") if (BASE / "fast_goal.json").is_file() else {}
+    size = config["vision_cfg"]["image_size"]
+    side = min(size) if isinstance(size, list) else size
+    return Base(info.get("name", BASE.name), side, config["text_cfg"].get("context_length", 77))
+
+
+def _cosines(params: Params, subject: Subject, images: pd.DataFrame, base: Base | None) -> tuple[Cosines | None, str]:
+    """The cosines of a random sample of the images that can be read, and why there are none."""
+    import numpy as np
+
+    from fast_goal.data.caption_checks import sample_rows
+    from fast_goal.data.validation import Cosines
+
+    wanted, records = params.validate.quality_pairs, subject.dataset.records
+    if not wanted or not subject.has_long_captions:
+        return None, ""
+    if base is None:
+        return None, f"Caption quality was not measured: {BASE} does not exist."
+    readable = images[["missing_file", "undecodable", "wrong_size"]].isna().all(axis=1)
+    if images["decoded"].any():
+        readable &= images["decoded"]
+    usable = np.flatnonzero(readable & records["long_caption"].fillna("").str.strip().ne(""))
+    rows = usable[sample_rows(len(usable), wanted, params.validate.seed)]
+    if len(rows) < 2:
+        return None, "Caption quality was not measured: fewer than two images with a long caption can be read."
+    try:
+        own, others = caption_cosines(subject.dataset, rows)
+    except DataError as error:
+        return None, f"Caption quality was not measured: {error}"
+    return Cosines(base.name, rows, own, others), ""
+
+
+def caption_cosines(dataset: Dataset, rows: Sequence[int]) -> tuple[Any, Any]:
+    """Cosines of the images `rows` of the records with their own long captions [N], and mean cosines with those of the
+    others [N], by the base; float64. Raises DataError for an image that cannot be read."""
+    import numpy as np
+
+    from fast_goal.environment import device, prepare
+    from fast_goal.evaluation.embedding import Captions, Questions, Regions, answer
+    from fast_goal.model.clip import Clip
+
+    prepare()
+    records = dataset.records.iloc[rows]
+    texts = records["long_caption"].tolist()
+    none = Captions([], np.zeros(0, np.int64))
+    asked = Questions(
+        image_ids=records["image_id"].tolist(),
+        paths=[dataset.path(path) for path in records["image_path"]],
+        sizes=records[["width", "height"]].to_numpy(np.int64),
+        long=Captions(texts, np.arange(len(texts))),
+        short=none,
+        regions=Regions([], np.zeros(0, np.int64), np.zeros((0, 4)), "none"),
     )
-    images = quality.inspect_images(subject.dataset)
-    suites = [expectations.Suite(f"{subject.name}_records", quality.records_table(subject, images, training), rules)]
-    if subject.regions is not None:
-        regions, pairs = quality.regions_table(subject), quality.pairs_table(subject)
-        suites.append(expectations.Suite(f"{subject.name}_regions", regions, expectations.regions_rules()))
-        suites.append(expectations.Suite(f"{subject.name}_pairs", pairs, expectations.pairs_rules()))
-    return suites
+    answers = answer(Clip.load(BASE), asked, BATCH_SIZE, device(), f"validate {dataset.name}")
+    image = answers.image_features.double().numpy()  # [N, D]
+    text = answers.text_features.double().numpy()[answers.rows(texts)]  # [N, D]
+    own = (image * text).sum(axis=1)
+    return own, (image @ text.sum(axis=0) - own) / (len(texts) - 1)
 
 
-def _write_card(subjects: Sequence[Subject]) -> None:
+def _write_card(findings: Sequence[Findings], seed: int) -> None:
     from fast_goal.data import card
 
-    parts = ["# Data card"]
-    for subject in subjects:
-        lengths = card.caption_lengths(subject.dataset.records)
-        picture = f"{subject.name}_caption_tokens.png" if len(lengths.tokens) else None
-        if picture:
-            card.draw_tokens(lengths, subject.name, OUTPUT / picture)
-        parts.append(card.describe(subject, lengths, picture))
+    for picture in OUTPUT.glob("*.png"):
+        picture.unlink()
+    parts = ["# Data card", *(card.describe(found, card.draw(found, OUTPUT, seed)) for found in findings)]
     write_text(OUTPUT / "data_card.md", "\n\n".join(parts) + "\n")
 
 
-def _numbers(outcomes: Sequence[Outcome], subjects: Sequence[Subject]) -> dict[str, Any]:
+def _numbers(outcomes: Sequence[Outcome], findings: Sequence[Findings]) -> dict[str, Any]:
     """The counts that DVC and MLflow show."""
+    failed = [outcome.rule.severity for outcome in outcomes if not outcome.passed]
     return {
         "expectations": {
             "passed": sum(outcome.passed for outcome in outcomes),
-            "failed": sum(not outcome.passed for outcome in outcomes),
-            "critical": sum(outcome.critical_failure for outcome in outcomes),
-            "warnings": sum(not outcome.passed and not outcome.rule.critical for outcome in outcomes),
+            "failed": len(failed),
+            **{KEYS[severity]: failed.count(severity) for severity in KEYS},
         },
         "datasets": {
-            subject.name: {
-                "images": len(subject.dataset.records),
-                "regions": 0 if subject.regions is None else len(subject.regions),
-                "pairs": 0 if subject.pairs is None else len(subject.pairs),
-                "skipped": len(subject.skipped),
+            found.subject.name: {
+                "images": len(found.subject.dataset.records),
+                "regions": 0 if found.subject.regions is None else len(found.subject.regions),
+                "pairs": 0 if found.subject.pairs is None else len(found.subject.pairs),
+                "skipped": len(found.subject.skipped),
             }
-            for subject in subjects
+            for found in findings
         },
+        "caption_quality": {
+            found.subject.name: {
+                "pairs": len(found.cosines.rows),
+                "cosine": round(float(found.cosines.own.mean()), 4),
+                "shuffled_cosine": round(float(found.cosines.others.mean()), 4),
+            }
+            for found in findings
+            if found.cosines is not None
+        },
+        "looked_at": {found.subject.name: found.notes for found in findings},
     }
 
 
 def _flat(numbers: dict[str, Any]) -> dict[str, float]:
-    return {f"{name}_{key}": float(value) for name, counts in numbers["datasets"].items() for key, value in counts.items()}
+    counts = {f"{name}_{key}": float(value) for name, counts in numbers["datasets"].items() for key, value in counts.items()}
+    return {**counts, **{f"{name}_caption_cosine": quality["cosine"] for name, quality in numbers["caption_quality"].items()}}
 
 
 def _plain(outcome: Outcome) -> dict[str, Any]:
     return {
         "suite": outcome.suite,
         "expectation": outcome.rule.name,
-        "severity": "critical" if outcome.rule.critical else "warning",
+        "severity": outcome.rule.severity,
         "passed": outcome.passed,
         "rows": outcome.rows,
+        "looked_at": outcome.rows if outcome.rule.looked_at is None else outcome.rule.looked_at,
         "failing_rows": outcome.failing,
         "observed": outcome.observed,
         "examples": outcome.examples,
     }
 
 
-def _summary(outcomes: Sequence[Outcome], suites: Sequence[Suite]) -> str:
+def _summary(outcomes: Sequence[Outcome], findings: Sequence[Findings]) -> str:
     failed = [outcome for outcome in outcomes if not outcome.passed]
     lines = ["# Validation", "", f"{len(outcomes) - len(failed)} of {len(outcomes)} expectations hold.", ""]
-    for title, critical in (("Critical failures", True), ("Warnings", False)):
-        chosen = [outcome for outcome in failed if outcome.rule.critical == critical]
+    for severity, title in TITLES.items():
+        chosen = [outcome for outcome in failed if outcome.rule.severity == severity]
         if chosen:
             lines += [f"## {title}", ""]
         for outcome in chosen:
             head, *rest = outcome.lines(len(outcome.examples))
             lines += [f"* {head}", *(f"    * {line}" for line in rest)]
         lines += [""] if chosen else []
-    for suite in suites:
-        lines += [f"## {suite.name} ({len(suite.table):,} rows)", ""]
-        lines += ["| expectation | severity | result |", "| --- | --- | --- |"]
-        for outcome in outcomes:
-            if outcome.suite == suite.name:
-                severity = "critical" if outcome.rule.critical else "warning"
-                lines.append(f"| {outcome.rule.title} | {severity} | {'holds' if outcome.passed else outcome.observed} |")
-        lines.append("")
+    for found in findings:
+        lines += [f"## {found.subject.name}: what was looked at", "", *(f"* {note}" for note in found.notes), ""]
+        for suite in found.suites:
+            lines += [f"### {suite.name} ({len(suite.table):,} rows)", ""]
+            lines += ["| expectation | severity | result |", "| --- | --- | --- |"]
+            lines += [
+                f"| {outcome.rule.title} | {outcome.rule.severity} | {'holds' if outcome.passed else outcome.observed} |"
+                for outcome in outcomes
+                if outcome.suite == suite.name
+            ]
+            lines.append("")
     return "\n".join(lines)
 
 

@@ -27,7 +27,9 @@ from fast_goal.errors import ConfigError
 class Loaded:
     """What a source hands over: rows of the tables RECORDS, SKIPPED, TRUTH and OBJECTS of `data.records`.
 
-    `root` is the folder that `image_path` is relative to; `notes` are sentences for the reader of the log.
+    `root` is the folder that `image_path` is relative to; `notes` are sentences for the reader of the log; `hashes` are
+    rows of HASHES, None where the images were not decoded; `published` counts the samples of the publication's own
+    splits, under its own names, before anything is left out.
     """
 
     root: Path
@@ -36,6 +38,22 @@ class Loaded:
     truth: list[dict[str, Any]] | None = None
     objects: list[dict[str, Any]] | None = None
     notes: list[str] = field(default_factory=list)
+    hashes: list[dict[str, Any]] | None = None
+    published: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is published about a data set, for the step `validate` to hold against it. null: nothing is known.
+
+    counts: samples per split, under the publication's own names. mean_words: of the long captions. captions: short ones
+    per image. pairs: local pairs per image.
+    """
+
+    counts: dict[str, int]
+    mean_words: float | None
+    captions: int | None
+    pairs: int | None
 
 
 Load = Callable[[Any, str, Path], Loaded]
@@ -68,11 +86,18 @@ def source_config(values: Mapping[str, Any], where: str) -> tuple[Load, Any]:
         raise ConfigError(f"{where}: expected a mapping of keys to values, got {values!r}")
     _discover()
     rest = dict(values)
+    rest.pop("facts", None)
     name = rest.pop("source", None)
     if not isinstance(name, str) or name not in _SOURCES:
         raise ConfigError(f"{where}.source = {name!r}: expected one of {', '.join(sorted(_SOURCES))}")
     load, config = _SOURCES[name]
     return load, build(config, rest, where)
+
+
+def source_facts(values: Mapping[str, Any], where: str) -> Facts | None:
+    """The optional section `facts` of a data set. Raises ConfigError for what is no fact."""
+    facts = values.get("facts")
+    return None if facts is None else build(Facts, facts, f"{where}.facts")
 
 
 def _discover() -> None:

@@ -6,28 +6,25 @@ the short ones. What cannot be used is skipped with its reason; a table that can
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from fast_goal.config import number
 from fast_goal.data.caption_table import CaptionTable, read_caption_table
-from fast_goal.data.images import SUFFIXES, open_image
+from fast_goal.data.images import SUFFIXES
 from fast_goal.data.records import UNNAMED
+from fast_goal.data.samples import Sample, Skipped, draw, look, storable, unique
 from fast_goal.data.sources import Loaded, source
 from fast_goal.errors import ConfigError, DataError
-from fast_goal.files import file_digest, write_json
-from fast_goal.progress import Progress
+from fast_goal.files import write_json
 
 SPLITS = ("train", "val", "test")
-_CHUNK = 512  # images checked between two collections of results; bounds the queue of a large folder
 
 
 @dataclass(frozen=True)
@@ -72,27 +69,6 @@ class FolderConfig:
     seed: int = number(0)  # of the splits
 
 
-@dataclass
-class _Sample:
-    """The rows of one image."""
-
-    path: str  # below root, with forward slashes
-    image_id: str
-    row: int
-    split: str | None = None
-    captions: list[str] = field(default_factory=list)
-    long_caption: str = ""
-
-
-class _Skipped(list):
-    """The rows of the table `skipped`."""
-
-    def note(self, sample: str, row: int, reason: str, detail: str = "") -> None:
-        # a file's name may be no UTF-8, which no table can hold
-        sample = sample.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        self.append({"sample": sample, "row": row, "step": "download", "reason": reason, "detail": detail})
-
-
 @source("folder", FolderConfig)
 def load(config: FolderConfig, name: str, folder: Path) -> Loaded:
     """Reads the table, checks every image by decoding it, and divides the images into splits.
@@ -109,25 +85,27 @@ def load(config: FolderConfig, name: str, folder: Path) -> Loaded:
         raise DataError(f"{where}.root = {config.root}: {folder.parent} is rewritten by this step; keep your images elsewhere")
     table = read_caption_table(root / config.captions)
     _check_columns(table, config.columns, where)
-    skipped = _Skipped()
+    skipped = Skipped()
     for row, detail in table.bad:
         skipped.note("", row, "unreadable row", detail)
 
     named: set[str] = set()
     samples = _samples(table, config, where, skipped, named)
     samples = list(_with_captions(samples, config.columns, skipped))
-    samples = list(_unique_ids(samples, skipped))
-    rows = list(_checked(samples, root, name, skipped))
-    for path in _unnamed(root, config.images, named):
+    samples = unique(samples, skipped)
+    rows, hashes = look(samples, root, "folder", f"download {name}", skipped)
+    for path in image_files(root, config.images):
+        if path in named:
+            continue
         skipped.note(path, -1, UNNAMED, "no row of the table names this image")
     if not rows:
         raise DataError(f"{where}: none of the images can be used. {_reasons(skipped)}")
-    notes = _assign_splits(rows, config)
+    notes = assign_splits(rows, config.seed, config.fractions, given=config.columns.split is not None)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
         folder / "SOURCE.json", {"source": "folder", "root": config.root, "images": config.images, "captions": config.captions}
     )
-    return Loaded(root=root, rows=rows, skipped=list(skipped), notes=notes)
+    return Loaded(root=root, rows=rows, skipped=list(skipped), notes=notes, hashes=hashes)
 
 
 def join_captions(captions: Iterable[str]) -> str:
@@ -150,7 +128,7 @@ def _check_columns(table: CaptionTable, columns: Columns, where: str) -> None:
             )
 
 
-def _samples(table: CaptionTable, config: FolderConfig, where: str, skipped: _Skipped, named: set[str]) -> list[_Sample]:
+def _samples(table: CaptionTable, config: FolderConfig, where: str, skipped: Skipped, named: set[str]) -> list[Sample]:
     """Gathers the rows of each image, in the order of the table. `named` collects every image that a row names."""
     columns, samples = config.columns, {}
     for row, values in table.rows:
@@ -168,7 +146,8 @@ def _samples(table: CaptionTable, config: FolderConfig, where: str, skipped: _Sk
         if sample is None:
             given = _word(values.get(columns.id)) if columns.id else ""
             plain = posixpath.normpath(image)
-            sample = samples[path] = _Sample(path, given or plain.removesuffix(posixpath.splitext(plain)[1]), row, split)
+            image_id = given or plain.removesuffix(posixpath.splitext(plain)[1])
+            sample = samples[path] = Sample(image_id, path, split, row=row)
         elif split != sample.split:
             raise DataError(
                 f"{table.path}: {image} is in the split {sample.split!r} in row {sample.row} and {split!r} in row {row}"
@@ -189,7 +168,7 @@ def _split(values: dict[str, Any], columns: Columns, table: CaptionTable, row: i
     return split
 
 
-def _add_captions(sample: _Sample, values: dict[str, Any], columns: Columns, row: int, skipped: _Skipped) -> None:
+def _add_captions(sample: Sample, values: dict[str, Any], columns: Columns, row: int, skipped: Skipped) -> None:
     long_caption = values.get(columns.long_caption) if columns.long_caption else None
     has_long = False
     for text, detail in _texts([long_caption]):
@@ -222,7 +201,7 @@ def _texts(cells: list[Any]) -> Iterator[tuple[str, str]]:
             yield "", ""
         elif isinstance(cell, str):
             # Half a surrogate pair, which JSON can hold, cannot be stored.
-            yield cell.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "").strip(), ""
+            yield storable(cell).replace("\0", "").strip(), ""
         else:
             yield "", f"{cell!r} is {type(cell).__name__}"[:80]
 
@@ -232,87 +211,41 @@ def _word(cell: Any) -> str:
     return "" if isinstance(cell, dict | list) else next(_texts([str(cell) if isinstance(cell, int) else cell]))[0]
 
 
-def _with_captions(samples: Iterable[_Sample], columns: Columns, skipped: _Skipped) -> Iterator[_Sample]:
+def _with_captions(samples: Iterable[Sample], columns: Columns, skipped: Skipped) -> Iterator[Sample]:
     for sample in samples:
         if columns.long_caption is None:
             sample.long_caption = join_captions(sample.captions)
         if sample.long_caption:
             yield sample
         elif sample.captions:
-            skipped.note(sample.image_id, sample.row, "no long caption", f"no row of {sample.path} has one")
+            skipped.note(sample.image_id, sample.row, "no long caption", f"no row of {sample.image_path} has one")
         else:
-            skipped.note(sample.image_id, sample.row, "no caption", f"no row of {sample.path} has a caption that can be used")
+            skipped.note(
+                sample.image_id, sample.row, "no caption", f"no row of {sample.image_path} has a caption that can be used"
+            )
 
 
-def _unique_ids(samples: Iterable[_Sample], skipped: _Skipped) -> Iterator[_Sample]:
-    first: dict[str, _Sample] = {}
-    for sample in samples:
-        other = first.setdefault(sample.image_id, sample)
-        if other is sample:
-            yield sample
-        else:
-            detail = f"the id {sample.image_id!r} belongs to {other.path} (row {other.row})"
-            skipped.note(sample.path, sample.row, "duplicate id", detail)
-
-
-def _checked(samples: list[_Sample], root: Path, name: str, skipped: _Skipped) -> Iterator[dict[str, Any]]:
-    """Decodes every image in a pool of threads; yields rows of RECORDS in the order of the samples."""
-    threads = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads) as pool, Progress(f"download {name}", len(samples), "images") as progress:
-        for begin in range(0, len(samples), _CHUNK):
-            chunk = samples[begin : begin + _CHUNK]
-            for sample, result in zip(chunk, pool.map(lambda sample: _inspect(root / sample.path), chunk), strict=True):
-                progress.update()
-                if len(result) == 2:
-                    skipped.note(sample.image_id, sample.row, *result)
-                    continue
-                width, height, content_hash = result
-                yield {
-                    "image_id": sample.image_id,
-                    "image_path": sample.path,
-                    "width": width,
-                    "height": height,
-                    "split": sample.split,
-                    "long_caption": sample.long_caption,
-                    "captions": sample.captions,
-                    "source": "folder",
-                    "content_hash": content_hash,
-                }
-
-
-def _inspect(path: Path) -> tuple[str, str] | tuple[int, int, str]:
-    """(width, height, hash) of an image that decodes, else (reason, detail)."""
-    try:
-        if not path.is_file():
-            return "image missing", f"{path} does not exist"
-        width, height = open_image(path).size
-        return width, height, file_digest(path, length=64)
-    except DataError as error:
-        return "unreadable image", str(error)
-    except (OSError, ValueError) as error:  # a name too long or with odd characters, no permission, a failing disk
-        return "unreadable image", f"{path}: {error}"
-
-
-def _unnamed(root: Path, images: str, named: set[str]) -> list[str]:
-    """Image files below the folder of images that are not in `named`, hidden ones apart; paths as in `image_path`."""
+def image_files(root: Path, images: str) -> list[str]:
+    """Every image file in or below the folder of images, hidden ones apart, in order; paths as in `image_path`."""
     found = []
     for folder, folders, files in os.walk(root / images, followlinks=False):
         folders[:] = sorted(entry for entry in folders if not entry.startswith("."))
         for file in sorted(files):
             if not file.startswith(".") and Path(file).suffix.lower() in SUFFIXES:
-                path = posixpath.normpath(os.path.relpath(Path(folder) / file, root).replace(os.sep, "/"))
-                if path not in named:
-                    found.append(path)
+                found.append(posixpath.normpath(os.path.relpath(Path(folder) / file, root).replace(os.sep, "/")))
     return found
 
 
-def _assign_splits(rows: list[dict[str, Any]], config: FolderConfig) -> list[str]:
-    """Fills in the column `split`; images of the same content get the split of the first. Returns notes for the log."""
+def assign_splits(rows: list[dict[str, Any]], seed: int, fractions: Fractions, given: bool = False) -> list[str]:
+    """Fills in the column `split`; images of the same content get the split of the first. Returns notes for the log.
+
+    given: the splits are the user's, so that each of them is expected to have images.
+    """
     notes, split_of, moved, copies = [], {}, 0, 0
     for row in rows:
         content = row["content_hash"]
         copies += content in split_of
-        wanted = row["split"] or _draw(content, config.seed, config.fractions)
+        wanted = row["split"] or draw_split(content, seed, fractions)
         row["split"] = split_of.setdefault(content, wanted)
         moved += row["split"] != wanted
     if copies:
@@ -321,20 +254,21 @@ def _assign_splits(rows: list[dict[str, Any]], config: FolderConfig) -> list[str
         )
     counts = Counter(row["split"] for row in rows)
     for split in SPLITS:
-        if not counts[split] and (config.columns.split is not None or getattr(config.fractions, split) > 0):
+        if not counts[split] and (given or getattr(fractions, split) > 0):
             notes.append(f"no image fell into the split {split!r}")
     return notes
 
 
-def _draw(content: str, seed: int, fractions: Fractions) -> str:
-    number_of = int.from_bytes(hashlib.sha256(f"{seed}:{content}".encode()).digest()[:8], "big") / 2**64
-    if number_of < fractions.train:
+def draw_split(content: str, seed: int, fractions: Fractions) -> str:
+    """The split of an image, from its content and the seed alone."""
+    drawn = draw(content, seed)
+    if drawn < fractions.train:
         return "train"
     # compared with 1 - test, so that rounding never gives an image to a split of fraction 0
-    return "test" if number_of >= 1.0 - fractions.test and fractions.test > 0 else "val" if fractions.val > 0 else "train"
+    return "test" if drawn >= 1.0 - fractions.test and fractions.test > 0 else "val" if fractions.val > 0 else "train"
 
 
-def _reasons(skipped: _Skipped) -> str:
+def _reasons(skipped: Skipped) -> str:
     first: dict[str, dict[str, Any]] = {}
     counts = Counter(entry["reason"] for entry in skipped)
     for entry in skipped:
