@@ -192,24 +192,24 @@ def test_code_that_comes_with_a_model_is_not_run(tiny, tmp_path):
 
 def test_the_key_changes_with_whatever_changes_the_answer(tiny, tmp_path):
     base = config(tiny)
-    key = captioner_key(base, "Describe.", WHERE)
+    key = captioner_key(base, "Describe.")
     same = [dataclasses.replace(base, transformers=dataclasses.replace(base.transformers, batch_size=1))]
     same.append(dataclasses.replace(base, server=dataclasses.replace(base.server, url="http://localhost:1/v1")))
-    assert {captioner_key(other, "Describe.", WHERE) for other in same} == {key}
+    assert {captioner_key(other, "Describe.") for other in same} == {key}
     other = [config(tiny, max_new_tokens=25), config(tiny, temperature=0.5), config(tiny, max_side=64)]
     other += [config(tiny, {"revision": "v1"}), config(tiny, {"min_new_tokens": 1}), config("another")]
     other.append(config("another", kind="server"))
     retrained = tiny_llava.save(tmp_path / "retrained", seed=1)
     other.append(config(retrained))
-    keys = [captioner_key(one, "Describe.", WHERE) for one in other] + [captioner_key(base, "Describe it.", WHERE)]
+    keys = [captioner_key(one, "Describe.") for one in other] + [captioner_key(base, "Describe it.")]
     assert len({key, *keys}) == len(keys) + 1
     moved = shutil.copytree(tiny, tmp_path / "moved")
-    weights = captioner_key(dataclasses.replace(config(moved), model=str(tiny)), "Describe.", WHERE)
+    weights = captioner_key(dataclasses.replace(config(moved), model=str(tiny)), "Describe.")
     assert weights == key
 
 
 def test_an_unknown_kind_names_the_known_ones(tiny):
-    with pytest.raises(ConfigError, match=r"glit\.captioner\.kind = 'magic'.*server, transformers"):
+    with pytest.raises(ConfigError, match=r"captioner\.kind = 'magic'.*server, transformers"):
         load_captioner(config(tiny, kind="magic"), "Describe.", WHERE)
 
 

@@ -174,6 +174,9 @@ def test_the_key_is_sent_and_stands_nowhere(server, monkeypatch, capfd, caplog):
     [
         ("127.0.0.1:8000/v1", "expected http"),
         ("ftp://host/v1", "expected http"),
+        ("http://localhost:port/v1", "expected http"),
+        ("http://[::1/v1", "expected http"),
+        ("https://a..b/v1", "expected http"),
         ("http://user:word@localhost/v1", KEY_VARIABLE),
         ("http://example.org/v1", "in clear"),
     ],
@@ -182,6 +185,19 @@ def test_an_address_that_cannot_be_used(url, message, monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, "key")
     with pytest.raises(ConfigError, match=rf"glit\.captioner\.server\.url.*{message}"):
         ask(url)
+
+
+@pytest.mark.parametrize("key", ["sk-geheím", "sk-a\nsk-b"])
+def test_a_key_that_no_header_can_hold(server, monkeypatch, key):
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    with pytest.raises(ConfigError, match=f"{KEY_VARIABLE} holds a line break or a letter beyond ASCII") as error:
+        ask(server.url)
+    assert "sk-" not in str(error.value) and not server.requests
+
+
+def test_an_answer_that_cannot_be_decoded_is_asked_again(server):
+    server.faults = [(200, {"content-encoding": "gzip"}, b"not gzip at all")]
+    assert ask(server.url) == (USUAL, ["asked again: connection lost, 1 times"])
 
 
 def test_a_proxy_is_not_asked_for_this_machine(server, monkeypatch):

@@ -19,7 +19,8 @@ from chat_server import chat
 from PIL import Image
 
 from fast_goal.configure import CONF, check, compose
-from fast_goal.data.captioning import asking
+from fast_goal.data.captioning import Answer, asking
+from fast_goal.data.captioning.store import AnswerStore
 from fast_goal.data.captions import split_sentences
 from fast_goal.data.records import RECORDS, SKIPPED, load_dataset, load_skipped, write_table
 from fast_goal.data.sources import source_config
@@ -218,6 +219,20 @@ def test_a_killed_run_goes_on_where_it_stopped(project, server):
     loaded = load(section(server.url))
     assert len(loaded.rows) == 30 and len(server.requests) == asked + 30 - kept
     assert {row["long_caption"].split(".")[0] for row in loaded.rows} == {f"The picture is {20 + i} wide" for i in range(30)}
+
+
+def test_a_damaged_store_is_named(tmp_path):
+    """Its first pages, which are read when it is opened, are whole."""
+    with AnswerStore("key", {}, tmp_path) as store:
+        store.put({f"{number:064x}": Answer("words " * 50, "stop", "m") for number in range(500)})
+    content = bytearray((tmp_path / "key.sqlite").read_bytes())
+    content[16384:131072] = b"\xff" * (131072 - 16384)
+    (tmp_path / "key.sqlite").write_bytes(content)
+    with (
+        AnswerStore("key", {}, tmp_path) as store,
+        pytest.raises(DataError, match=r"key\.sqlite.*malformed.*move the file away"),
+    ):
+        store.get([f"{number:064x}" for number in range(500)])
 
 
 def test_requests_run_side_by_side_up_to_the_limit(project, server):

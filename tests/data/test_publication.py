@@ -160,6 +160,35 @@ def test_the_card_has_a_header_that_hugging_face_reads_and_pictures(data, tmp_pa
     assert max(Image.open(pictures[0]).size) <= 256
 
 
+def test_a_publication_without_images_has_no_small_ones_either(data, tmp_path):
+    write_publication(*data, config("table"), tmp_path / "out", MADE)
+    card = (tmp_path / "out/README.md").read_text()
+    assert not (tmp_path / "out/examples").exists() and "![" not in card
+    assert f"**{SENTENCES[0]}**" in card and "detector (1, 2, 30, 20)" in card
+
+
+def test_odd_texts_in_the_card(data, tmp_path):
+    """A licence that YAML and Markdown would read, and a caption of 10,000 words around the sentence."""
+    dataset, pairs, skipped = data
+    filling = "word " * 5000
+    shift = len(filling)
+    long = replace(dataset, records=dataset.records.assign(long_caption=filling + CAPTION + " word" * 5000))
+    moved = pairs.assign(char_start=pairs["char_start"] + shift, char_end=pairs["char_end"] + shift)
+    licence = 'see: "terms" # 1\n--- <b>ü</b>'
+    settings = replace(config("parquet"), licence=licence)
+    write_publication(long, moved, skipped, settings, tmp_path / "out", {"flism": {"classes": None}})
+    card = (tmp_path / "out/README.md").read_text()
+    _, header, body = card.split("---\n", 2)
+    assert yaml.safe_load(header)["license"] == licence and "\\<b\\>ü" in body
+    assert f"**{SENTENCES[0]}**" in body and "… " in body and " …" in body and len(body) < 10_000
+    assert "| flism | classes | null |" in body and "kept as their source published them" in body
+    made = {"captions": {"model": "llava", "prompt": "Describe | this."}}
+    write_publication(long, moved, skipped, settings, tmp_path / "out", made)
+    card = (tmp_path / "out/README.md").read_text()
+    assert "| captions | prompt | `Describe \\| this.` |" in card and "written by a model" in card
+    assert "kept as their source published them" not in card
+
+
 def test_a_failure_leaves_the_publication_that_was_there(data, tmp_path, monkeypatch):
     dataset, pairs, skipped = data
     write_publication(dataset, pairs, skipped, config("parquet"), tmp_path / "out")
@@ -181,6 +210,11 @@ def test_what_cannot_be_published_is_named(data, tmp_path):
         write_publication(
             dataset, pd.concat([pairs, pairs.head(1).assign(image_id="nobody")]), skipped, config("table"), tmp_path / "out"
         )
+    recaptioned = replace(dataset, records=dataset.records.assign(long_caption="Another caption."))
+    with pytest.raises(
+        DataError, match=r"image 'id/0.x': its long caption has 'Another caption.' where .* run the step `flism`"
+    ):
+        write_publication(recaptioned, pairs, skipped, config("table"), tmp_path / "out")
     for path in ("../x.jpg", "/x.jpg", "a/../../x.jpg", "a\\x.jpg"):
         bad = replace(dataset, records=dataset.records.assign(image_path=path))
         with pytest.raises(DataError, match="leaves the data root"):

@@ -102,3 +102,19 @@ def test_gradient_into_both_sides(matrix):
 def test_unknown_matrix():
     with pytest.raises(ValueError, match="'diag'"):
         tsl_loss(torch.ones(1, 2), torch.ones(1, 2), None, "diag")
+
+
+@pytest.mark.parametrize("weight", [[1.0, 1.0, 1.0, 1.0], [0.5, 0.3, 0.2, 1.0], [0.5, 0.0, 0.2, 1.0]])
+def test_regions_of_one_image_need_not_differ(weight):
+    pooled, target, group = random(4, 6, seed=4).requires_grad_(), random(4, 6, seed=5).requires_grad_(), [0, 0, 0, 1]
+    total = parts = 0.0
+    for i in range(4):
+        for j in range(4):
+            share = weight[i] if i == j else weight[i] * weight[j] * (group[i] != group[j])
+            distance = torch.nn.functional.cosine_similarity(pooled[i], target[j], dim=0) - float(i == j)
+            total, parts = total + share, parts + share * distance**2
+    found = tsl_loss(pooled, target, torch.tensor(weight, dtype=torch.float64), "identity", torch.tensor(group))
+    assert found.item() == pytest.approx((parts / total).item(), abs=1e-12)
+    for value in (pooled, target):
+        expected = torch.autograd.grad(parts / total, value, retain_graph=True)[0]
+        torch.testing.assert_close(torch.autograd.grad(found, value, retain_graph=True)[0], expected, atol=1e-12, rtol=0)

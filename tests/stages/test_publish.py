@@ -8,8 +8,8 @@ import pytest
 from fast_goal.config import Params, build
 from fast_goal.configure import compose
 from fast_goal.data.records import PAIRS, SKIPPED, write_dataset, write_table
-from fast_goal.errors import DataError
-from fast_goal.files import write_json, write_text
+from fast_goal.errors import ConfigError, DataError
+from fast_goal.files import write_json
 from fast_goal.stages import publish
 from fast_goal.tracking import NullTracker
 
@@ -71,7 +71,7 @@ def project(tmp_path, monkeypatch):
     write_table("data/flism/scenes/pairs.parquet", pairs, PAIRS)
     lost = {"sample": "0", "row": -1, "step": "flism", "reason": "no sentence", "detail": ""}
     write_table("data/flism/scenes/skipped.parquet", pd.DataFrame([lost]), SKIPPED)
-    write_text("data/validation/summary.md", "all is well")
+    write_json("data/validation/summary.json", {"expectations": {"critical": 0}})
     write_json("models/base/detector/detector.json", {"kind": "trained", "weights": "yolo11n.yaml", "metrics": {}})
     return tmp_path
 
@@ -103,16 +103,46 @@ def test_lost_images_are_said(project, capsys):
 
 def test_no_path_of_this_machine_in_the_card(project):
     write_json("models/base/detector/detector.json", {"kind": "ultralytics", "weights": "/home/me/secret/best.pt"})
-    publish.main(params("base.model=local-dir:/home/me/secret/clip"), NullTracker())
+    publish.main(params("base.kind=pretrained", "base.model=local-dir:/home/me/secret/clip"), NullTracker())
     text = (project / "data/publish/scenes/README.md").read_text() + (project / "data/publish/scenes/dataset.json").read_text()
     assert "best.pt" in text and "`clip`" in text and "secret" not in text
 
 
+def test_the_card_names_what_made_the_pairs(project):
+    """Not a model or a detector that the settings name but do not use."""
+    scratch = publish.how_it_was_made(params("base=pretrained", "base.kind=scratch", "flism.regions=spatial"))
+    assert scratch["matcher"]["model"] == "trained from scratch" and "ViT-B-16" not in str(scratch)
+    assert scratch["detector"] == {"kind": "none"}
+    assert publish.how_it_was_made(params("base=pretrained"))["matcher"] == {"model": "ViT-B-16", "pretrained": "openai"}
+    other = params("base=demo", "flism.matcher.model=ViT-L-14", "flism.matcher.pretrained=openai")
+    assert publish.how_it_was_made(other)["matcher"] == {"model": "ViT-L-14", "pretrained": "openai"}
+
+
+def test_the_card_says_which_model_wrote_the_captions(project):
+    glit = "download.datasets.glit"
+    written = publish.how_it_was_made(
+        params("experiment=glit", f"{glit}.root=/home/me/secret", f"{glit}.captioner.model=/home/me/secret/llava")
+    )
+    assert written["captions"]["model"] == "llava" and written["captions"]["prompt"].startswith("Describe this image")
+    assert "secret" not in str(written)
+    publish.main(params(), NullTracker())
+    card = Path("data/publish/scenes/README.md").read_text()
+    assert "captions" not in publish.how_it_was_made(params()) and "kept as their source published them" in card
+
+
+def test_a_publication_needs_a_licence(project):
+    with pytest.raises(ConfigError, match=r"publish\.licence is empty"):
+        publish.main(params("publish.licence="), NullTracker())
+
+
 def test_data_that_were_not_validated_are_not_published(project):
-    Path("data/validation/summary.md").unlink()
-    with pytest.raises(DataError, match=r"data/validation/summary\.md does not exist: only data that passed"):
+    Path("data/validation/summary.json").unlink()
+    with pytest.raises(DataError, match=r"data/validation/summary\.json does not exist: only data that passed"):
         publish.main(params(), NullTracker())
-    write_text("data/validation/summary.md", "all is well")
+    write_json("data/validation/summary.json", {"expectations": {"critical": 2}})
+    with pytest.raises(DataError, match=r"summary\.json: 2 critical expectations failed"):
+        publish.main(params(), NullTracker())
+    write_json("data/validation/summary.json", {"expectations": {"critical": 0}})
     Path("data/flism/scenes/pairs.parquet").unlink()
     with pytest.raises(DataError, match=r"pairs\.parquet does not exist. The step `flism` writes it"):
         publish.main(params(), NullTracker())

@@ -12,7 +12,7 @@ from PIL import Image
 from fast_goal.data import images as images_module
 from fast_goal.data.captions import tokenize
 from fast_goal.data.images import View
-from fast_goal.errors import DataError
+from fast_goal.errors import DataError, FastGoalError
 from fast_goal.training import batches as batches_module
 from fast_goal.training.batches import EpochBatches, Loader, PairDataset, spread
 
@@ -231,11 +231,8 @@ def test_no_two_of_a_group_in_a_batch(samples, groups, batch):
         order = torch.randperm(samples, generator=generator).tolist()
         made = spread(order, of, batch)
         assert sorted(made) == list(range(samples))
-        crowded = [
-            part for part in range(0, samples - batch + 1, batch) if len({of[i] for i in made[part : part + batch]}) < batch
-        ]
-        # the end may have nobody else left
-        assert not [part for part in crowded if part < samples - 2 * batch], (seed, made)
+        for part in range(0, samples - batch + 1, batch):
+            assert len({of[i] for i in made[part : part + batch]}) == batch, (seed, made)
         if groups == samples:
             assert made == order
 
@@ -252,3 +249,45 @@ def test_copies_of_a_picture_do_not_meet(make_scenes, tiny_clip):
     for step in range(3):
         ids = loader.image_ids(step)
         assert len({int(name.removeprefix("image")) % 4 for name in ids}) == 4
+
+
+def test_the_last_two_of_a_group_are_parted():
+    assert spread([0, 1, 2, 3], [0, 1, 2, 2], 2) in ([0, 3, 2, 1], [2, 1, 0, 3], [3, 1, 2, 0], [0, 2, 1, 3])
+    assert sorted(spread([0, 1, 2, 3], [0, 0, 0, 1], 2)) == [0, 1, 2, 3]  # cannot be
+
+
+def test_batches_of_similar_length():
+    lengths = torch.randint(10, 248, (403,), generator=torch.Generator().manual_seed(0)).tolist()
+    groups = [index // 2 for index in range(403)]
+    for seed in range(5):
+        chance, sampler = EpochBatches(403, 4, seed, groups), EpochBatches(403, 4, seed, groups, lengths)
+        made = [sampler.at(0, step) for step in range(sampler.steps)]
+        orders = [sampler, chance]
+        longest = [sum(max(lengths[index] for index in order.at(0, step)) for step in range(100)) for order in orders]
+        assert longest[0] < 0.8 * longest[1]
+        assert longest[0] < 1.1 * sum(lengths) / 4 + 248  # close to no padding at all
+        assert all(len({groups[index] for index in batch}) == 4 for batch in made)
+        assert len({index for batch in made for index in batch}) == 400
+        tops = [max(lengths[index] for index in batch) for batch in made]
+        assert tops != sorted(tops) and tops[:50] != sorted(tops[:50])  # in random order
+        sampler.start(0, 7)
+        assert list(sampler) == made[7:]
+        assert made != [sampler.at(1, step) for step in range(sampler.steps)]
+
+
+def test_lengths_are_those_of_the_captions(make_scenes, tiny_clip):
+    dataset, pairs = make_scenes()
+    dataset.records.loc[dataset.records["image_id"] == "image3", "long_caption"] += " And" * 60 + "."
+    samples = PairDataset(dataset, "train", pairs, tiny_clip())
+    assert samples.lengths[3] == 40 and all(length < 40 for length in samples.lengths[:3])
+    loader = Loader(samples, 3, seed=0, length_groups=True)
+    assert sorted(len(batch) for batch in loader.epoch(0)) == [3, 3, 3, 3]
+
+
+def test_a_killed_worker_is_reported(make_scenes, tiny_clip):
+    dataset, pairs = make_scenes()
+    loader = Loader(PairDataset(dataset, "train", pairs, tiny_clip()), 1, seed=0, workers=1)
+    with pytest.raises(FastGoalError, match=r"ended .*finetune\.workers"):
+        for _ in loader.epoch(0):
+            for worker in loader._loader._iterator._workers:
+                worker.kill()

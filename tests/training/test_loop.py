@@ -18,9 +18,11 @@ from fast_goal.config import FinetuneConfig
 from fast_goal.data.captions import split_sentences, tokenize
 from fast_goal.data.images import View
 from fast_goal.errors import ConfigError, FastGoalError
+from fast_goal.model.clip import Clip
 from fast_goal.objectives import make_objective
 from fast_goal.training import loop as loop_module
 from fast_goal.training.batches import PairDataset
+from fast_goal.training.best import Best
 from fast_goal.training.loop import autocast_dtype, finetune
 from fast_goal.training.schedule import make_optimizer
 from fast_goal.training.step import TrainStep, batch_features
@@ -432,10 +434,10 @@ def test_accumulation_leaves_the_curve_as_it_is(make_scenes, tiny_clip, tmp_path
     torch.testing.assert_close(torch.tensor(curves[1]), torch.tensor(curves[0]), atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("killed", [False, True])
-def test_the_best_epoch_can_be_the_result(make_scenes, tiny_clip, tmp_path, monkeypatch, killed):
+@pytest.mark.parametrize(("killed", "ema"), [(None, None), (6, None), (9, 0.5)])  # after the best epoch, and after the third
+def test_the_best_epoch_can_be_the_result(make_scenes, tiny_clip, tmp_path, monkeypatch, killed, ema):
     dataset, pairs = make_scenes()
-    config, scores, seen = replace(CONFIG, epochs=4, result="best"), [1.0, 3.0, 3.0, 2.0], {}
+    config, scores, seen = replace(CONFIG, epochs=4, result="best", ema=ema), [1.0, 3.0, 3.0, 2.0], {}
 
     def measure(clip, epoch):
         seen[epoch] = copy.deepcopy(clip.state_dict())
@@ -446,7 +448,7 @@ def test_the_best_epoch_can_be_the_result(make_scenes, tiny_clip, tmp_path, monk
 
         def kill(*arguments):
             save(*arguments)
-            if arguments[4]["step"] == 9:  # after the third epoch
+            if arguments[4]["step"] == killed:
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
@@ -464,26 +466,70 @@ def test_training_ends_early(make_scenes, tiny_clip, tmp_path):
     config = replace(CONFIG, epochs=5, patience=2)
     summary = run(tiny_clip(), dataset, pairs, tmp_path, config, on_epoch=lambda clip, epoch: {"val": scores[epoch - 1]})
     assert (summary["epochs"], summary["steps"], summary["best_epoch"]) == (4, 12, 2)
+    # its state is still there: nobody saved the model yet
+    again = run(tiny_clip(), dataset, pairs, tmp_path, config, on_epoch=lambda clip, epoch: pytest.fail("ran on"))
+    assert (again["epochs"], again["resumed_at_step"], again["best_epoch"]) == (4, 12, 2)
 
 
-def test_sigterm_finishes_the_step_and_writes_the_state(make_scenes, tiny_clip, tmp_path):
+@pytest.mark.parametrize(("setting", "value"), [("result", "best"), ("patience", 1)])
+def test_a_best_epoch_that_nothing_measures_is_refused(make_scenes, tiny_clip, tmp_path, setting, value):
+    with pytest.raises(ConfigError, match=rf"finetune\.{setting} = .* split `val`"):
+        run(tiny_clip(), *make_scenes(), tmp_path, replace(CONFIG, **{setting: value}))
+
+
+def test_an_epoch_without_a_number_is_never_the_best(tmp_path):
+    history = [{"step": 3, "epoch": 1, "val": float("nan")}, {"step": 6, "epoch": 2, "val": 1.0}]
+    assert Best(tmp_path / "best", history, keep=False).epoch == 2
+
+
+@pytest.mark.parametrize("at", [2, 3, "measuring"])  # within an epoch, after its last step, and after that
+def test_sigterm_finishes_the_step_and_writes_the_state(make_scenes, tiny_clip, tmp_path, at):
     dataset, pairs = make_scenes()
     config = replace(CONFIG, log_every=1, save_every=1000)
 
     def on_step(step, record):
-        if step == 2:
+        if step == at and "loss" in record:
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def measure(clip, epoch, stop=False):
+        if stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"val": float(epoch)}
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
-        run(tiny_clip(), dataset, pairs, tmp_path, config, on_step=on_step)
+        first = lambda clip, epoch: measure(clip, epoch, at == "measuring")  # noqa: E731
+        run(tiny_clip(), dataset, pairs, tmp_path, config, on_step=on_step, on_epoch=first)
     assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
-    whole, continued = tiny_clip(), tiny_clip(seed=9)
-    summary = run(continued, dataset, pairs, tmp_path, config)
-    assert summary["resumed_at_step"] == 2
+    whole, continued, histories = tiny_clip(), tiny_clip(seed=9), ([], [])
+    note = lambda history: lambda step, record: history.append(record)  # noqa: E731
+    summary = run(continued, dataset, pairs, tmp_path, config, on_step=note(histories[0]), on_epoch=measure)
+    assert summary["resumed_at_step"] == (3 if at == "measuring" else at)
     (tmp_path / "whole").mkdir()
-    run(whole, dataset, pairs, tmp_path / "whole", config)
+    run(whole, dataset, pairs, tmp_path / "whole", config, on_step=note(histories[1]), on_epoch=measure)
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in continued.state_dict().items())
+    assert without_rates(histories[0]) == without_rates(histories[1])
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_compiled_towers_learn_the_same(make_scenes, tiny_clip, tmp_path, monkeypatch, parts):
+    dataset, pairs = make_scenes()
+    config = replace(CONFIG, accumulate=parts, ema=0.5, epochs=1, log_every=1)
+    compiled, graphs, curves = Clip.compile, [], ([], [])
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module
+
+    # what dynamo makes of the towers, without the minutes of a C++ compiler
+    monkeypatch.setattr(Clip, "compile", lambda clip: compiled(clip, backend=count))
+    for on, curve in zip((False, True), curves, strict=True):
+        (tmp_path / str(on)).mkdir()
+        measure = lambda clip, epoch: {"val": clip.encode_image(torch.ones(2, 3, 32, 32)).sum().item()}  # noqa: E731
+        note = lambda _, record, to=curve: to.append(record.get("loss", record.get("val")))  # noqa: E731
+        run(tiny_clip(), dataset, pairs, tmp_path / str(on), replace(config, compile=on), on_step=note, on_epoch=measure)
+    assert 1 <= len(graphs) <= 8  # dynamo gives up beyond
+    torch.testing.assert_close(torch.tensor(curves[1]), torch.tensor(curves[0]), atol=2e-3, rtol=0)
 
 
 def test_lack_of_memory_says_what_to_set(make_scenes, tiny_clip, tmp_path, monkeypatch):

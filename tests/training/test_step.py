@@ -64,6 +64,16 @@ def test_parts_of_a_global_objective(samples, tiny_clip):
     assert_close(gradients(clip), gradients(whole))
 
 
+@pytest.mark.parametrize("term", ["local", "tsl_image", "tsl_text"])
+def test_parts_without_a_share_in_the_loss(samples, tiny_clip, term):
+    whole, clip = tiny_clip(), tiny_clip()
+    batch, objective = samples[[4, 1, 2, 7]], fast_goal(**(dict.fromkeys(WEIGHTS, 0.0) | {term: 1.0}))
+    train_step(whole, batch, objective, torch.optim.SGD(whole.parameters(), 0.0))
+    train_step(clip, batch.split(4), objective, torch.optim.SGD(clip.parameters(), 0.0))  # the first and last have no pair
+    assert_close(gradients(clip), gradients(whole))
+    assert bool(clip.model.logit_scale.grad) == (term == "local")  # the others do not look at it
+
+
 def test_a_part_holds_the_features_of_its_samples(samples, tiny_clip):
     clip = tiny_clip().eval()
     batch = samples[[7, 1, 4, 2, 9]]

@@ -72,8 +72,8 @@ def write_publication(
     gone, cannot be read or has changed since `download` is added to it (in the layout `table` only one that is gone).
     made: how the data set came about, for the card: section -> name -> value.
 
-    Raises DataError for pairs of images that are not in the records or of other captions than theirs, paths that leave the data root, a data set of which
-    no image can be published, and a full disk.
+    Raises DataError for pairs of images that are not in the records or of other captions than theirs, paths that leave the
+    data root, a data set of which no image can be published, and a full disk.
     """
     _check(dataset, pairs)
     partial = folder.with_name(f".{folder.name}.partial")
@@ -180,10 +180,11 @@ def _check(dataset: Dataset, pairs: pd.DataFrame) -> None:
     captions = dict(zip(dataset.records["image_id"], dataset.records["long_caption"], strict=True))
     spans = pairs[["image_id", "char_start", "char_end", "sentence"]].itertuples(index=False, name=None)
     for image_id, start, end, sentence in spans:
-        if captions[image_id][start:end] != sentence:
+        found = captions[image_id][start:end]
+        if found != sentence:
             raise DataError(
-                f"data set {dataset.name}: image {image_id!r}: its long caption has {captions[image_id][start:end][:80]!r} where "
-                f"the pairs have the sentence {sentence[:80]!r}: the captions were changed after FLISM; run the step `flism` "
+                f"data set {dataset.name}: image {image_id!r}: its long caption has {found[:80]!r} where the "
+                f"pairs have the sentence {sentence[:80]!r}: the captions were changed after FLISM; run the step `flism` "
                 "again: `dvc repro --force --single-item flism`"
             )
     for path in dataset.records["image_path"]:

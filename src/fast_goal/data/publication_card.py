@@ -19,7 +19,14 @@ from fast_goal.data.images import open_image
 from fast_goal.files import atomic_path, write_text
 
 SIDE = 256  # pixels of the pictures' longer side
-SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"))
+SIZES = (
+    (1_000, "n<1K"),
+    (10_000, "1K<n<10K"),
+    (100_000, "10K<n<100K"),
+    (1_000_000, "100K<n<1M"),
+    (10_000_000, "1M<n<10M"),
+    (100_000_000, "10M<n<100M"),
+)
 NAMED = 5  # skipped samples named for each reason
 AROUND = 600  # characters of an example's caption that are shown on either side of its sentence
 MEANING = {
@@ -52,7 +59,10 @@ LAYOUT_TEXT = {
 LIMITS = """* The local pairs are chosen by a model, not by people. The pair of an image is its most similar one: there is no
   threshold, so some describe their region badly. `similarity` allows to filter.
 * A region is a detection or one of five fixed parts of the image; it may hold more than its sentence speaks of.
-* Captions are kept as their source published them, mistakes included."""
+"""
+PUBLISHED_CAPTIONS = "* Captions are kept as their source published them, mistakes included."
+WRITTEN_CAPTIONS = """* The long captions were written by a model that was shown the image: no person has
+  checked them, and they may speak of what is not there."""
 
 
 def write_card(
@@ -79,7 +89,7 @@ def write_card(
         "## What was left out",
         _skipped(skipped),
         "## Limits",
-        LIMITS,
+        LIMITS + (WRITTEN_CAPTIONS if "captions" in info["made"] else PUBLISHED_CAPTIONS),
     ]
     write_text(path, "\n\n".join(parts) + "\n")
 
@@ -134,7 +144,11 @@ def _counts(info: Mapping[str, Any]) -> str:
 
 
 def _made(info: Mapping[str, Any]) -> str:
-    rows = [[part, name, "null" if value is None else f"`{value}`"] for part, values in info["made"].items() for name, value in values.items()]
+    rows = [
+        [part, name, "null" if value is None else f"`{value}`"]
+        for part, values in info["made"].items()
+        for name, value in values.items()
+    ]
     text = (
         f"Source of images and captions: `{info['source']}`, records digest `{info['records_digest']}`. The local pairs were "
         "made by FLISM: every region (detections, quadrants, centre) and every sentence is embedded with CLIP, each sentence "

@@ -124,7 +124,7 @@ def _describe(clip: Clip, format: str) -> dict[str, Any]:
         "model": clip.name,
         "image": {"size": clip.image_size, "mode": clip.view_mode, "mean": list(clip.mean), "std": list(clip.std)},
         "context_length": clip.context_length,
-        "texts": "html.unescape(ftfy.fix_text(text)) before the tokenizer, which leaves typographic quotes and entities",
+        "texts": "html.unescape(html.unescape(ftfy.fix_text(text))) before the tokenizer, which does not mend text",
         "logit_scale": float(clip.logit_scale.detach()),
         "embed_dim": clip.embed_dim,
         "tolerance": TOLERANCE,

@@ -45,7 +45,8 @@ def main(params: Params, track: Tracker) -> None:
         elif read_json(path)["source"] != sections[path.stem]["source"]:
             remove_dataset(path.stem)  # the files of one source are nothing to another
     for folder in DATASETS_FOLDER.iterdir():  # DVC empties data/records before this step, and keeps what was unpacked
-        if folder.name not in sections and folder.is_dir() and not folder.is_symlink():
+        hidden = folder.name.startswith(".")  # being unpacked, perhaps by another process
+        if folder.name not in sections and not hidden and folder.is_dir() and not folder.is_symlink():
             shutil.rmtree(folder)
 
     metrics: dict[str, Any] = {}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fast_goal.config import Params, to_dict
-from fast_goal.errors import DataError
+from fast_goal.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from fast_goal.tracking import Tracker
@@ -21,12 +21,14 @@ DETECTOR = Path("models/base/detector/detector.json")
 OUTPUT = Path("data/publish")
 METRICS = ("images", "pairs", "images_with_pair", "mean_words_long", "skipped_here")
 DETECTOR_FACTS = ("kind", "weights", "image_size")
+CAPTIONER_FACTS = ("model", "max_new_tokens", "temperature", "max_side")
 SCRATCH_FACTS = ("split", "image_size", "patch_size", "embed_dim", "steps")
 FLISM_FACTS = ("regions", "top_k", "pair_weights", "confidence", "iou", "classes", "min_area", "max_detections", "merge_iou")
 
 
 def main(params: Params, track: Tracker) -> None:
-    """Runs the step. Raises DataError for a missing table, data that did not pass their validation, and a full disk."""
+    """Runs the step. Raises ConfigError without a licence; DataError for a missing table, data that did not pass their
+    validation, and a full disk."""
     import pandas as pd
 
     from fast_goal.data import records
@@ -34,6 +36,8 @@ def main(params: Params, track: Tracker) -> None:
     from fast_goal.files import read_json, write_json
 
     begin = time.monotonic()
+    if not params.publish.licence.strip():
+        raise ConfigError("publish.licence is empty: it stands in the card; name the licence, or say 'unknown'")
     if not VALIDATION.is_file():
         raise DataError(f"{VALIDATION} does not exist: only data that passed their checks are published. `dvc repro validate`")
     if failed := read_json(VALIDATION)["expectations"]["critical"]:  # the step writes its summary before it fails
@@ -65,7 +69,8 @@ def main(params: Params, track: Tracker) -> None:
 
 
 def how_it_was_made(params: Params) -> dict[str, dict[str, Any]]:
-    """The settings that the local pairs depend on, for the card: no paths, which are those of a machine."""
+    """The settings that the local pairs, and captions written by a model, depend on, for the card: no paths, which
+    are those of a machine."""
     from fast_goal.files import read_json
 
     base, flism = to_dict(params.base), to_dict(params.flism)
@@ -78,7 +83,12 @@ def how_it_was_made(params: Params) -> dict[str, dict[str, Any]]:
     detector = {"kind": "none"}
     if flism["regions"] != "spatial":
         detector = read_json(DETECTOR) if DETECTOR.is_file() else base["detector"]
-    return {
+    made: dict[str, dict[str, Any]] = {}
+    source = params.download.datasets[params.download.train_dataset]
+    if source["source"] == "captioned":
+        captioner = source["captioner"]
+        made["captions"] = {name: _shown(captioner[name]) for name in CAPTIONER_FACTS} | {"prompt": source["prompt"]}
+    return made | {
         "matcher": matcher,
         "detector": {name: _shown(detector[name]) for name in DETECTOR_FACTS if name in detector},
         "flism": {name: flism[name] for name in FLISM_FACTS},

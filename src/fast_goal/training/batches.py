@@ -31,6 +31,7 @@ from fast_goal.model.clip import Clip
 from fast_goal.training.distributed import Group
 
 POOL = 50  # batches that are sorted by length together, a guess: more leave less to chance and trim no better
+ENDED = ("exited unexpectedly", "killed by signal")  # torch's words for a dead worker
 _log = logging.getLogger(__name__)
 
 
@@ -417,11 +418,12 @@ class Loader:
         while True:
             try:
                 batch = next(batches, None)
-            except RuntimeError as error:
-                if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
+            except (RuntimeError, EOFError, ConnectionError) as error:  # the last two: while it handed a batch over
+                if isinstance(error, RuntimeError) and not any(words in str(error) for words in ENDED):
                     raise
+                reason = str(error) or type(error).__name__
                 raise FastGoalError(
-                    f"A process that decodes images ended ({error}), as when the system kills it for lack of memory: lower "
+                    f"A process that decodes images ended ({reason}), as when the system kills it for lack of memory: lower "
                     "finetune.workers or finetune.batch_size, and run the step again."
                 ) from None
             if batch is None:

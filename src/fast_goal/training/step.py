@@ -69,9 +69,11 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         own = self._encode(parts[0]) if len(parts) == 1 else self._without_graph(parts)
         terms = self.objective(gathered(own, parts[0].rank_pairs, self.group))
-        # DistributedDataParallel takes the mean over the processes; the gradient is the sum of what they contribute, and no
-        # parameter may be without one, such as the logit scale of an objective that does not look at it
-        (terms["loss"] * self.group.world + 0 * own.scale).backward()
+        reached = own.scale  # also by an objective that does not look at it
+        if self.group.world > 1:  # DistributedDataParallel allows no parameter without a gradient
+            reached = reached + own.image_global.sum() + own.text_global.sum()
+        # it takes the mean over the processes; the gradient is the sum of what they contribute
+        (terms["loss"] * self.group.world + 0 * reached).backward()
         if len(parts) > 1:
             self._feed(parts, own)
         if self.gradient_clip is not None:
@@ -99,10 +101,7 @@ class TrainStep:
         """Encodes each part again, with a graph, and sends the gradient of its features through it."""
         shares: dict[str, Sequence[torch.Tensor]] = {}
         for name in ENCODED:
-            leaf = getattr(leaves, name)
-            gradient = leaf.grad
-            if gradient is None and self.group.world > 1:  # every process has to reach the parameters of both towers
-                gradient = torch.zeros_like(leaf)
+            gradient = getattr(leaves, name).grad
             if gradient is not None:
                 sizes = [len(part) if name.endswith("_global") else len(part.local_rows) for part in parts]
                 shares[name] = gradient.split(sizes)

@@ -75,6 +75,7 @@ class CaptionerConfig:
     max_side: int = number(16)  # pixels; larger images are made smaller for the model
 
     def __post_init__(self) -> None:
+        _kind(self.kind)
         if self.transformers.min_new_tokens > self.max_new_tokens:
             raise ConfigError(
                 f"captioner.transformers.min_new_tokens = {self.transformers.min_new_tokens} is more than "
@@ -124,7 +125,7 @@ def captioner(kind: str, settings: Callable[[CaptionerConfig], dict[str, Any]]) 
     return register
 
 
-def captioner_key(config: CaptionerConfig, prompt: str, where: str) -> str:
+def captioner_key(config: CaptionerConfig, prompt: str) -> str:
     """A digest of all that an answer depends on, but the image: answers with the same key may be used again."""
     return digest(
         {
@@ -134,15 +135,15 @@ def captioner_key(config: CaptionerConfig, prompt: str, where: str) -> str:
             "max_new_tokens": config.max_new_tokens,
             "temperature": config.temperature,
             "max_side": config.max_side,
-            **_kind(config, where).settings(config),
+            **_kind(config.kind).settings(config),
         }
     )
 
 
 def load_captioner(config: CaptionerConfig, prompt: str, where: str) -> Captioner:
-    """`where` is the full name of the section that holds `captioner`, for messages. Raises ConfigError for an unknown
-    kind, ModelError for a model that cannot be had."""
-    return _kind(config, where).load(config, prompt, where)
+    """`where` is the full name of the section that holds `captioner`, for messages. Raises ModelError
+    for a model that cannot be had."""
+    return _kind(config.kind).load(config, prompt, where)
 
 
 def model_view(image: Image.Image, max_side: int) -> Image.Image:
@@ -154,9 +155,9 @@ def model_view(image: Image.Image, max_side: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _kind(config: CaptionerConfig, where: str) -> Kind:
+def _kind(kind: str) -> Kind:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    if config.kind not in _KINDS:
-        raise ConfigError(f"{where}.captioner.kind = {config.kind!r}: expected one of {', '.join(sorted(_KINDS))}")
-    return _KINDS[config.kind]
+    if kind not in _KINDS:
+        raise ConfigError(f"captioner.kind = {kind!r}: expected one of {', '.join(sorted(_KINDS))}")
+    return _KINDS[kind]

@@ -46,7 +46,7 @@ def ask_about(
 
     Raises ModelError where the model cannot be had, and where one image after the other fails.
     """
-    key = captioner_key(config, prompt, where)
+    key = captioner_key(config, prompt)
     facts = {"model": config.model, "prompt": prompt, "prompt_digest": digest(prompt), "captioner": str(to_dict(config))}
     with AnswerStore(key, facts, folder) as store:
         asked = Asked(dict(store.get(images)))

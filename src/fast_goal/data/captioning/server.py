@@ -137,7 +137,9 @@ class ServerCaptioner:
             raise _Again("timeout", f"no answer within {self._config.server.timeout:g} s", fatal=fatal) from None
         except httpx.ConnectError as error:
             raise _Again("no connection", f"no connection ({self._hidden(error)})", fatal=True) from None
-        except httpx.RequestError as error:  # or it cannot be decoded; perhaps the server died of this image; if so, the next one will tell
+        except (
+            httpx.RequestError
+        ) as error:  # or it cannot be decoded; perhaps the server died of this image; if so, the next one will tell
             raise _Again("connection lost", f"the connection was lost ({self._hidden(error)})") from None
         status = response.status_code
         if status in _RETRIED:
@@ -199,7 +201,9 @@ def _host(url: str, key: str, where: str) -> str:
     if not usable:
         raise ConfigError(f"{where}.server.url = {url!r}: expected http://HOST:PORT/v1 or https://HOST/v1")
     if not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"the environment variable {KEY_VARIABLE} holds a line break or a letter beyond ASCII: copy the key again")
+        raise ConfigError(
+            f"the environment variable {KEY_VARIABLE} holds a line break or a letter beyond ASCII: copy the key again"
+        )
     if parts.username or parts.password:
         raise ConfigError(f"{where}.server.url holds a name or password; a key belongs in the environment: {KEY_VARIABLE}")
     if key and parts.scheme == "http" and host not in _LOOPBACK:
