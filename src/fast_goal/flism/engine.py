@@ -206,7 +206,6 @@ def _stores(clip: Clip, detector: RegionDetector | None, config: FlismConfig, ca
     settings = {key: value for key, value in to_dict(config).items() if key in SETTINGS}
     model = model_digest(clip)
     key = {"model": model, "detector": detector.digest if detector else None, "settings": settings, "code": _code(_SHARDS)}
-    looks = detector is not None and detector.reads_pixels
     names = CacheNames(
         folder=str((cache / EMBEDDINGS_FOLDER).absolute()),
         embeddings=digest([model, config.precision, _code(_EMBEDDING)]),
