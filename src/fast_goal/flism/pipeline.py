@@ -192,6 +192,8 @@ class Pipeline:
         self._device = torch.device(device)
         self._embed = Embedder(clip, self._device, config.batch_size, config.precision)
         self._threads = threads or cores()
+        # images at most in each queue: enough for the threads to go on while the device works on a whole batch
+        self._ahead = max(2 * self._threads, config.batch_size)
         self._pool = ThreadPoolExecutor(self._threads, "images")
         children = (1 if cores() < 16 else 2) if images >= CHILD_FROM and cores() >= CHILD_CORES else 0
         self._splitter = Splitter(clip.context_length, children)
@@ -290,7 +292,7 @@ class Pipeline:
         pending: deque[tuple[_Item, Future[None] | None, int]] = deque()
         pixels = 0
         while True:
-            while len(pending) < 2 * self._threads and (pixels < BATCH_PIXELS or not pending):
+            while len(pending) < self._ahead and (pixels < BATCH_PIXELS or not pending):
                 if not items:
                     records = source.take(wait=not pending)
                     if records is None:
@@ -397,7 +399,7 @@ class Pipeline:
         pending: deque[tuple[_Item, Future[None] | None]] = deque()
         for item in items:
             pending.append((item, self._pool.submit(self._cut_one, item) if item.image is not None else None))
-            while pending and (item.last or len(pending) > 2 * self._threads):
+            while pending and (item.last or len(pending) > self._ahead):
                 first, future = pending.popleft()
                 if future is not None:
                     future.result()

@@ -54,6 +54,7 @@ class Splitter:
     """`submit` splits captions in the background: in child processes, or with `processes` = 0 in a thread."""
 
     def __init__(self, context_length: int, processes: int):
+        self._context_length = context_length
         self._pool = ThreadPoolExecutor(1, "sentences")
         self._children = [_Child(context_length) for _ in range(processes)]
         self._next = 0
@@ -62,7 +63,7 @@ class Splitter:
         """Futures of the results, in order: together one for each caption."""
         parts = [captions[start : start + AT_ONCE] for start in range(0, len(captions), AT_ONCE)]
         if not self._children:
-            return [self._pool.submit(split, part, None) for part in parts]
+            return [self._pool.submit(split, part, self._context_length) for part in parts]
         futures = []
         for part in parts:
             futures.append(self._children[self._next].submit(part))
