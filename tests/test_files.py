@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fast_goal.files import atomic_path, digest, file_digest, read_json, tree_digest, write_json
+from fast_goal.files import atomic_folder, atomic_path, digest, file_digest, read_json, tree_digest, write_json
 from fast_goal.progress import Progress
 
 
@@ -50,3 +50,20 @@ def test_progress_line_counts_only_new_work_in_its_rate():
         assert "loss 1.25" in progress.line()
         assert "left 0:25" in progress.line()
     assert stream.getvalue().count("\n") == 1
+
+
+def test_a_folder_takes_its_name_when_it_is_whole(tmp_path):
+    folder = tmp_path / "model[1]"  # brackets mean something to glob
+    with atomic_folder(folder) as temporary:
+        (temporary / "a").write_text("old")
+        assert not folder.exists()
+    (tmp_path / ".model[1].99.tmp").mkdir()  # of a killed writer
+    (tmp_path / ".model[1].99.old").mkdir()
+    with pytest.raises(RuntimeError), atomic_folder(folder) as temporary:
+        (temporary / "b").write_text("half")
+        raise RuntimeError
+    assert [path.name for path in folder.iterdir()] == ["a"]
+    with atomic_folder(folder) as temporary:
+        (temporary / "b").write_text("new")
+    assert [path.name for path in folder.iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model[1]"]

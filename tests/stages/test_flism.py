@@ -3,6 +3,7 @@ import json
 
 import numpy as np
 import pytest
+from noting_tracker import Tracker
 from PIL import Image
 
 from fast_goal.config import Params, ScratchConfig, build
@@ -14,20 +15,6 @@ from fast_goal.stages import flism
 from fast_goal.tracking import NullTracker
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
-
-
-class Tracker(NullTracker):
-    def __init__(self):
-        self.numbers, self.files, self.inputs = {}, [], []
-
-    def metrics(self, values, step=None):
-        self.numbers |= values
-
-    def artifact(self, path, folder=""):
-        self.files.append(str(path))
-
-    def input(self, dataset, context=""):
-        self.inputs.append(dataset.name)
 
 
 @pytest.fixture
@@ -83,7 +70,7 @@ def test_the_step_writes_its_outputs(project):
     assert metrics["scenes"]["images"] == 3
     assert metrics["seconds"] > 0
     assert len(metrics["scenes"]["similarity_histogram"]["counts"]) == 40
-    assert track.inputs == ["scenes"]
+    assert track.inputs == [("scenes", "")]
     assert track.files == ["data/flism/scenes/pairs.png"]
     assert track.numbers["share_by_kind.detector"] == 0
     assert track.numbers["pairs"] == 3

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from noting_tracker import Tracker
 
 from fast_goal.config import Params, build
 from fast_goal.configure import compose
@@ -12,20 +13,6 @@ from fast_goal.errors import ConfigError, DataError
 from fast_goal.files import write_json
 from fast_goal.stages import publish
 from fast_goal.tracking import NullTracker
-
-
-class Tracker(NullTracker):
-    def __init__(self):
-        self.numbers, self.files, self.inputs = {}, [], []
-
-    def metrics(self, values, step=None):
-        self.numbers |= values
-
-    def artifact(self, path, folder=""):
-        self.files.append(str(path))
-
-    def input(self, dataset, context=""):
-        self.inputs.append((dataset.name, context))
 
 
 def params(*overrides: str) -> Params:

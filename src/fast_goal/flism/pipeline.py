@@ -418,7 +418,7 @@ class Pipeline:
         for caption, result in zip(shard.captions, new, strict=True):
             shard.spans[caption] = result.spans
             shard.fresh.spans.append((caption, result.spans))
-            for (start, end), row in zip(result.spans.tolist(), result.tokens or [], strict=False):
+            for (start, end), row in zip(result.spans.tolist(), result.tokens, strict=True):
                 tokens[caption[start:end]] = row
         texts: list[str] = []
         for item in shard.items:

@@ -29,23 +29,21 @@ AT_ONCE = 16  # captions in one message
 
 
 class Split(NamedTuple):
-    """Of one caption: where its sentences start and end, int32 [S, 2]; and for each, unless it was not asked for, its
-    token ids uint16 [L] and the length of the whole text in tokens."""
+    """Of one caption: where its sentences start and end, int32 [S, 2]; and for each its token ids uint16 [L] and the length
+    of the whole text in tokens."""
 
     spans: np.ndarray
-    tokens: list[tuple[np.ndarray, int]] | None
+    tokens: list[tuple[np.ndarray, int]]
 
 
-def split(captions: Sequence[str], context_length: int | None) -> list[Split]:
-    """The sentences of each caption, tokenized unless `context_length` is None."""
+def split(captions: Sequence[str], context_length: int) -> list[Split]:
+    """The sentences of each caption, and their tokens."""
     results = []
     for caption in captions:
         sentences = split_sentences(caption)
-        tokens = None
-        if context_length is not None:
-            ids, lengths = tokenize([sentence.text for sentence in sentences], context_length)
-            counts = lengths.tolist()
-            tokens = [(row[:count].astype(np.uint16), count) for row, count in zip(ids.numpy(), counts, strict=True)]
+        ids, lengths = tokenize([sentence.text for sentence in sentences], context_length)
+        counts = lengths.tolist()
+        tokens = [(row[:count].astype(np.uint16), count) for row, count in zip(ids.numpy(), counts, strict=True)]
         results.append(Split(np.array([[s.start, s.end] for s in sentences], np.int32).reshape(-1, 2), tokens))
     return results
 

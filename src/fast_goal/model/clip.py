@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import glob
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +20,7 @@ from torch import Tensor, nn
 from fast_goal.config import ScratchConfig
 from fast_goal.environment import prepare
 from fast_goal.errors import ConfigError, ModelError
-from fast_goal.files import read_json, write_json
+from fast_goal.files import atomic_folder, read_json, write_json
 from fast_goal.model.positions import stretch_positions
 
 if TYPE_CHECKING:
@@ -161,26 +158,13 @@ class Clip(nn.Module):
         """
         from safetensors.torch import save_file
 
-        folder = Path(folder)
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.*"):  # of a killed save
-            if leftover.suffix in (".tmp", ".old"):
-                shutil.rmtree(leftover, ignore_errors=True)
-        try:
-            temporary.mkdir(parents=True)
+        with atomic_folder(folder) as temporary:
             write_json(temporary / CONFIG_FILE, {"model_cfg": self.config, "preprocess_cfg": self._preprocess()})
             write_json(temporary / INFO_FILE, {**info, "name": self.name})
             weights = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
             save_file(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
             # safetensors lets only the owner read; whoever may read the configuration may read the weights
             (temporary / WEIGHTS_FILE).chmod((temporary / CONFIG_FILE).stat().st_mode)
-            if folder.exists():
-                folder.rename(replaced)
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
     @classmethod
     def load(cls, folder: Path | str) -> Clip:

@@ -10,8 +10,6 @@ Letters: B batch, S image side in pixels, N patches, L tokens, W tower width, D 
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 
 from fast_goal.environment import prepare
 from fast_goal.errors import ModelError
-from fast_goal.files import read_json, write_json
+from fast_goal.files import atomic_folder, read_json, write_json
 from fast_goal.model.clip import VOCABULARY, Clip
 
 if TYPE_CHECKING:
@@ -54,9 +52,7 @@ def export(clip: Clip, folder: Path | str, format: str) -> dict[str, float]:
         raise ModelError(f"{folder} exists and is no earlier export (it has no {EXPORT_FILE}): choose another output folder")
     _needs("transformers", *(("onnx", "onnxruntime") if format == "onnx" else ()))
     clip = copy.deepcopy(clip).cpu().float().eval()
-    temporary, replaced = (folder.with_name(f".{folder.name}.{os.getpid()}.{word}") for word in ("tmp", "old"))
-    try:
-        temporary.mkdir(parents=True)
+    with atomic_folder(folder) as temporary:
         facts = (_write_huggingface if format == "huggingface" else _write_onnx)(clip, temporary)
         samples = _samples(clip)
         with torch.no_grad():
@@ -64,12 +60,6 @@ def export(clip: Clip, folder: Path | str, format: str) -> dict[str, float]:
             found = (_read_huggingface if format == "huggingface" else _read_onnx)(temporary, samples)
         differences = _compare(clip.name, expected, found)
         write_json(temporary / EXPORT_FILE, {**_describe(clip, format), **facts, "largest_difference": differences})
-        if folder.exists():
-            folder.rename(replaced)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
     return differences
 
 
