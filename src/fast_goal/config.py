@@ -183,6 +183,11 @@ class FinetuneConfig:
     checkpointing: bool
     compile: bool
     length_groups: bool  # batches of captions of similar length
+    decode: Literal["cpu", "gpu"]  # where JPEG files are decoded and resized
+    scaled_decoding: bool
+    pixel_cache: bool  # keeps the views of images and crops on disk from their first decoding on
+    shards: str | None  # folder of tar shards that hold the images; null: the data set's files
+    diverged: float | None  # how many times its first value the loss may reach before the training stops; null: not checked
     epochs: int = number(1)
     batch_size: int = number(2)
     accumulate: int = number(1)  # parts that a batch goes through the model in
@@ -194,6 +199,7 @@ class FinetuneConfig:
     workers: int = number(0)  # of each process
     log_every: int = number(1)  # steps
     save_every: int = number(1)  # steps between resume states
+    keep_states: int = number(1)  # the last so many of them
 
     def __post_init__(self) -> None:
         if self.gradient_clip is not None and self.gradient_clip <= 0:
@@ -204,10 +210,29 @@ class FinetuneConfig:
             raise ConfigError(f"finetune.patience = {self.patience}: expected null or at least 1")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ConfigError(f"finetune.ema = {self.ema}: expected null or a number from 0 to below 1")
+        if self.diverged is not None and self.diverged <= 1:
+            raise ConfigError(f"finetune.diverged = {self.diverged}: expected null or a number above 1")
+        if self.decode == "gpu" and (self.pixel_cache or self.scaled_decoding):
+            raise ConfigError("finetune.decode = 'gpu' goes with neither finetune.pixel_cache nor finetune.scaled_decoding")
         if self.accumulate > self.batch_size:
             raise ConfigError(
                 f"finetune.accumulate = {self.accumulate}: a batch of finetune.batch_size = {self.batch_size} has no more parts"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class IntermediateConfig:
+    """A first stage of fine-tuning, before `finetune`: on another data set (Table V, two stages: GLIT100k, then the target),
+    or with another objective (Table XIV).
+
+    `objective` and `training` are for this stage what the sections `objective` and `finetune` are for the second one.
+    """
+
+    dataset: str | None  # one of download.datasets; null: there is no first stage
+    records: str  # what DVC watches: the data set's records and pairs tables; without a first stage any two files
+    pairs: str
+    objective: dict[str, Any]
+    training: FinetuneConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +266,7 @@ class Params:
     flism: FlismConfig
     validate: ValidateConfig
     publish: PublishConfig
+    intermediate: IntermediateConfig
     objective: dict[str, Any]
     finetune: FinetuneConfig
     evaluate: EvaluateConfig
@@ -269,6 +295,8 @@ def check_together(params: Params) -> None:
     datasets = sorted(params.download.datasets)
     if unknown := [name for name in params.evaluate.datasets if name not in datasets]:
         raise ConfigError(f"evaluate.datasets = {unknown}: not among download.datasets: {datasets}")
+    if params.intermediate.dataset is not None and params.intermediate.dataset not in datasets:
+        raise ConfigError(f"intermediate.dataset = {params.intermediate.dataset!r}: not among download.datasets: {datasets}")
     if params.flism.regions == "detector" and params.base.detector.kind == "none":
         raise ConfigError("flism.regions = 'detector' needs a detector: set base.detector.kind, or flism.regions=spatial")
 

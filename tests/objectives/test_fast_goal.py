@@ -15,7 +15,13 @@ from fast_goal.objectives.fast_goal import FastGoal, FastGoalConfig
 from fast_goal.objectives.tsl import tsl_loss
 
 WEIGHTS = {"global": 1.0, "local": 0.5, "tsl_image": 1.0, "tsl_text": 1.0}
-VALUES = {"name": "fast_goal", "weights": WEIGHTS, "target_matrix": "diagonal"}
+VALUES = {
+    "name": "fast_goal",
+    "weights": WEIGHTS,
+    "target_matrix": "diagonal",
+    "in_image_negatives": None,
+    "alignment": "exact",
+}
 
 
 def features(batch: int = 4, local: int = 3, dtype: torch.dtype = torch.float64) -> Features:

@@ -55,11 +55,19 @@ CONFIG = FinetuneConfig(
     workers=0,
     log_every=2,
     save_every=2,
+    decode="cpu",
+    scaled_decoding=False,
+    pixel_cache=False,
+    shards=None,
+    diverged=None,
+    keep_states=2,
 )
 
 
 def fast_goal(weights=WEIGHTS):
-    return make_objective({"name": "fast_goal", "weights": weights, "target_matrix": "diagonal"})
+    return make_objective(
+        {"name": "fast_goal", "weights": weights, "target_matrix": "diagonal", "in_image_negatives": None, "alignment": "exact"}
+    )
 
 
 def unit(vector):

@@ -17,7 +17,15 @@ WEIGHTS = {"global": 1.0, "local": 0.5, "tsl_image": 1.0, "tsl_text": 1.0}
 
 
 def fast_goal(**changes):
-    return make_objective({"name": "fast_goal", "weights": WEIGHTS | changes, "target_matrix": "diagonal"})
+    return make_objective(
+        {
+            "name": "fast_goal",
+            "weights": WEIGHTS | changes,
+            "target_matrix": "diagonal",
+            "in_image_negatives": None,
+            "alignment": "exact",
+        }
+    )
 
 
 def train_step(clip, parts, objective, optimizer, **settings):

@@ -32,6 +32,7 @@ class Features:
     region_weight, sentence_weight [P]: 0 where nothing of the region or sentence is visible there, else 1.
     local_rows [P]: the row of the whole image that a local pair belongs to; None: every pair has an image of its own.
     local_weight [P]: how much a pair counts, those of one image together 1; None: every pair counts 1.
+    local_boxes [P, 4]: the regions, in pixels of their original image.
     scale: the logit scale, exponentiated, a scalar.
     The local ones may be None if the objective's `needs_local` is False.
     """
@@ -46,6 +47,7 @@ class Features:
     sentence_weight: Tensor | None = None
     local_rows: Tensor | None = None
     local_weight: Tensor | None = None
+    local_boxes: Tensor | None = None
     scale: Tensor
 
 
@@ -55,6 +57,10 @@ class Objective(Protocol):
     @property
     def needs_local(self) -> bool:
         """False if the crops, the sentences and the pooled tokens are not looked at, so that nobody need compute them."""
+
+    @property
+    def alignment(self) -> str:
+        """How boxes become patches and sentences become spans: `exact` or `goal` (training/alignment.py)."""
 
     def __call__(self, features: Features) -> dict[str, Tensor]:
         """Every term by its name, without its weight, and their weighted sum as `loss`; all scalars."""

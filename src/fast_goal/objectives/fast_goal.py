@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,10 +23,16 @@ LOCAL_TERMS = TERMS[1:]
 
 @dataclasses.dataclass(frozen=True)
 class FastGoalConfig:
-    """The weight of each term, and what the cosines of TSL are compared with (see `tsl_loss`)."""
+    """The weight of each term, and what the cosines of TSL are compared with (see `tsl_loss`).
+
+    in_image_negatives: the largest IoU of two regions of one image whose pairs are negatives of each other in the local
+    term (Table XIV); None: pairs of one image never are. alignment: see training/alignment.py.
+    """
 
     weights: dict[str, float]
     target_matrix: TargetMatrix
+    in_image_negatives: float | None
+    alignment: Literal["exact", "goal"]
 
     def __post_init__(self) -> None:
         for term, weight in self.weights.items():
@@ -51,6 +58,11 @@ class FastGoal:
     def needs_local(self) -> bool:
         """Whether a term that looks at local pairs has a weight."""
         return any(self.config.weights[term] for term in LOCAL_TERMS)
+
+    @property
+    def alignment(self) -> str:
+        """How boxes become patches and sentences become spans."""
+        return self.config.alignment
 
     def __call__(self, features: Features) -> dict[str, Tensor]:
         """The terms and their weighted sum `loss`, computed in float32 at least, also under autocast."""

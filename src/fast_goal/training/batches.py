@@ -22,12 +22,13 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from fast_goal.data.captions import token_span, tokenize, trim
+from fast_goal.data.captions import tokenize, trim
 from fast_goal.data.images import crop, open_image
 from fast_goal.data.records import Dataset
 from fast_goal.environment import prepare
 from fast_goal.errors import DataError, FastGoalError
 from fast_goal.model.clip import Clip
+from fast_goal.training.alignment import ALIGNMENTS, Alignment
 from fast_goal.training.distributed import Group
 
 POOL = 50  # batches that are sorted by length together, a guess: more leave less to chance and trim no better
@@ -42,6 +43,7 @@ class Batch:
     images [B+P, 3, S, S]: the global images, then the local crops. long_tokens [B, L], sentence_tokens [P, L'].
     local_rows [P]. boxes [P, 4]: the local box in pixels of the global input, zeros when nothing of it is visible.
     spans [P, 2]: the sentence's positions in its row of long_tokens, last exclusive, (0, 0) when none is visible.
+    regions [P, 4]: the local box in pixels of its original image.
     local_weights [P]: those of an image's pairs add up to 1. rank_pairs: how many local pairs each of the processes that
     share a batch has in its share.
     """
@@ -52,6 +54,7 @@ class Batch:
     local_rows: torch.Tensor
     boxes: torch.Tensor
     spans: torch.Tensor
+    regions: torch.Tensor
     local_weights: torch.Tensor
     rank_pairs: tuple[int, ...]
 
@@ -89,6 +92,7 @@ class Batch:
                     local_rows=self.local_rows[low:high] - first,
                     boxes=self.boxes[low:high],
                     spans=self.spans[low:high],
+                    regions=self.regions[low:high],
                     local_weights=self.local_weights[low:high],
                     rank_pairs=self.rank_pairs,
                 )
@@ -102,7 +106,7 @@ class PairDataset(TorchDataset):
     With a `group` of several processes it is the batch that they share, and each gets its part of it, in the order of the
     ranks. Texts are tokenised and boxes and spans computed once, here; images are decoded when a batch is made. A sample
     without a local pair contributes its global image and caption only; with `local` False no sample has one, with `best`
-    False a sample has all of its pairs. `counts` says how many samples, or pairs, are affected by what.
+    False a sample has all of its pairs; `alignment`: see training/alignment.py. `counts` says how many samples, or pairs, are affected by what.
     """
 
     def __init__(
@@ -114,6 +118,7 @@ class PairDataset(TorchDataset):
         local: bool = True,
         best: bool = True,
         group: Group | None = None,
+        alignment: str = "exact",
     ):
         self._group = group or Group()
         records = dataset.split(split)
@@ -147,16 +152,20 @@ class PairDataset(TorchDataset):
         self._first = torch.zeros(len(described) + 1, dtype=torch.int64)
         self._weights = torch.zeros(0)
         self._boxes, self._spans = torch.zeros(0, 4), torch.zeros(0, 2, dtype=torch.int64)
+        self._regions = torch.zeros(0, 4)
         self._sentence_tokens = torch.zeros(0, 1, dtype=torch.int32)
         if local:
-            self._add_pairs(described, pairs[pairs["rank"] == 1] if best else pairs, dataset.name, clip.context_length)
+            chosen = pairs[pairs["rank"] == 1] if best else pairs
+            self._add_pairs(described, chosen, dataset.name, clip.context_length, ALIGNMENTS[alignment])
         for name, count in self.counts.items():
             if count and name in _REASONS:
                 whole = self.counts["pairs"] if name in _OF_PAIRS else len(described)
                 what = "pairs" if name in _OF_PAIRS else "samples"
                 _log.warning("%s, split %s: %d of %d %s %s.", dataset.name, split, count, whole, what, _REASONS[name])
 
-    def _add_pairs(self, described: pd.DataFrame, pairs: pd.DataFrame, name: str, context_length: int) -> None:
+    def _add_pairs(
+        self, described: pd.DataFrame, pairs: pd.DataFrame, name: str, context_length: int, alignment: Alignment
+    ) -> None:
         sample = {image_id: row for row, image_id in enumerate(described["image_id"])}
         own = pairs[pairs["image_id"].isin(sample)]
         own = own.assign(sample=own["image_id"].map(sample)).sort_values(["sample", "rank"], kind="stable")
@@ -175,8 +184,9 @@ class PairDataset(TorchDataset):
                     f"caption reads {caption[pair.char_start : pair.char_end]!r} there. Run `fast-goal flism` again."
                 )
             width, height = self._sizes[pair.sample]
-            boxes.append(dataclasses.replace(self._view, width=width, height=height).box(box))
-            spans.append(token_span(caption, pair.char_start, pair.char_end, context_length))
+            boxes.append(alignment.box(dataclasses.replace(self._view, width=width, height=height), box))
+            spans.append(alignment.span(caption, pair.char_start, pair.char_end, context_length))
+        self._regions = torch.tensor(self._crops, dtype=torch.float32).reshape(-1, 4)
         self._boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
         self._spans = torch.tensor(spans, dtype=torch.int64).reshape(-1, 2)
         sentences, lengths = tokenize(own["sentence"].tolist(), context_length)
@@ -222,6 +232,7 @@ class PairDataset(TorchDataset):
             local_rows=local_rows,
             boxes=self._boxes[pairs],
             spans=self._spans[pairs],
+            regions=self._regions[pairs],
             local_weights=self._weights[pairs],
             rank_pairs=rank_pairs,
         )

@@ -170,16 +170,16 @@ def gathered(features: Features, pairs: Sequence[int], group: Group) -> Features
     for name, value in zip(GLOBAL, _all(whole, [rows] * group.world, group).split(width, dim=1), strict=True):
         joined[name] = value
     columns = [getattr(features, name) for name in LOCAL]
-    columns += [getattr(features, name)[:, None] for name in WEIGHTS]
+    columns += [getattr(features, name)[:, None] for name in WEIGHTS] + [features.local_boxes]
     # float32 holds row numbers exactly up to 2**24
     columns.append((features.local_rows + group.rank * rows).to(whole.dtype)[:, None])
     local = _all(torch.cat(columns, dim=1), pairs, group)
-    *parts, row = local.split([width] * len(LOCAL) + [1] * (len(WEIGHTS) + 1), dim=1)
+    *parts, boxes, row = local.split([width] * len(LOCAL) + [1] * len(WEIGHTS) + [4, 1], dim=1)
     for name, value in zip((*LOCAL, *WEIGHTS), parts, strict=True):
         joined[name] = value if name in LOCAL else value[:, 0].detach()
     scale = features.scale
     scale = scale.detach() + (scale - scale.detach()) / group.world
-    return Features(**joined, local_rows=row[:, 0].detach().long(), scale=scale)
+    return Features(**joined, local_boxes=boxes.detach(), local_rows=row[:, 0].detach().long(), scale=scale)
 
 
 def _all(own: torch.Tensor, counts: Sequence[int], group: Group) -> torch.Tensor:

@@ -79,7 +79,9 @@ def finetune(
                 f"{dataset.name!r} has none. Set it to {'last' if name == 'result' else 'null'}."
             )
     clip.view_mode = config.view
-    samples = PairDataset(dataset, split, pairs, clip, objective.needs_local, config.pairs == "best", group)
+    samples = PairDataset(
+        dataset, split, pairs, clip, objective.needs_local, config.pairs == "best", group, objective.alignment
+    )
     check_batch(config.batch_size, group, len(samples))
     pinned = device.type == "cuda"
     loader = Loader(samples, config.batch_size, seed, config.workers, pinned, config.length_groups)

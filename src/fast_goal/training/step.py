@@ -88,7 +88,7 @@ class TrainStep:
         """The features of all parts as those of one batch; the encoded ones are leaves that collect a gradient."""
         with torch.no_grad():
             found = [self._plain(part) for part in parts]
-        names = (*ENCODED, "region_weight", "sentence_weight", "local_weight")
+        names = (*ENCODED, "region_weight", "sentence_weight", "local_weight", "local_boxes")
         joined = {name: torch.cat([getattr(part, name) for part in found]) for name in names}
         firsts = accumulate((len(part) for part in parts), initial=0)
         rows = torch.cat([part.local_rows + first for part, first in zip(parts, firsts, strict=False)])
@@ -148,5 +148,6 @@ def batch_features(clip: Clip, batch: Batch, dtype: torch.dtype | None = None) -
         sentence_weight=sentence_weight.float(),
         local_rows=rows,
         local_weight=batch.local_weights,
+        local_boxes=batch.regions,
         scale=clip.logit_scale.float(),
     )
