@@ -146,7 +146,7 @@ def test_precision(dtype):
 
 def test_config():
     make, config = objective_config(VALUES, "objective")
-    assert make is FastGoal and config == FastGoalConfig(WEIGHTS, "diagonal")
+    assert make is FastGoal and config == FastGoalConfig(WEIGHTS, "diagonal", None, "exact")
     assert VALUES["name"] == "fast_goal"  # what was given is not changed
 
 

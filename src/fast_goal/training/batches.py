@@ -106,7 +106,8 @@ class PairDataset(TorchDataset):
     With a `group` of several processes it is the batch that they share, and each gets its part of it, in the order of the
     ranks. Texts are tokenised and boxes and spans computed once, here; images are decoded when a batch is made. A sample
     without a local pair contributes its global image and caption only; with `local` False no sample has one, with `best`
-    False a sample has all of its pairs; `alignment`: see training/alignment.py. `counts` says how many samples, or pairs, are affected by what.
+    False a sample has all of its pairs; `alignment`: see training/alignment.py. `counts` says how many samples, or pairs,
+    are affected by what.
     """
 
     def __init__(
