@@ -15,7 +15,6 @@ The results have to be equal. share: the wall time outside of the models' forwar
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import re
@@ -36,7 +35,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import flism_inputs as inputs
-from measuring import ROOT, Forwards, Sampler, machine, synchronize, watch_memory
+from measuring import ROOT, Forwards, Sampler, listed, machine, synchronize, watch_memory, write
 
 from fast_goal.config import FlismConfig, build
 from fast_goal.data import captions
@@ -47,10 +46,10 @@ from fast_goal.environment import device as default_device
 from fast_goal.environment import prepare
 from fast_goal.files import read_json, write_json
 from fast_goal.flism.detectors import RegionDetector, load_detector
-from fast_goal.flism.embedder import arithmetic
 from fast_goal.flism.engine import FlismResult, extract
 from fast_goal.flism.regions import Detections, candidate_regions
 from fast_goal.model.clip import Clip
+from fast_goal.model.inference import arithmetic
 
 PARTS = ("baseline", "share", "large", "memory", "kills")
 BOX = ["x1", "y1", "x2", "y2"]
@@ -139,7 +138,8 @@ def main() -> None:
         print(f"[{part}]", file=sys.stderr, flush=True)
         before = machine(run.device)
         result = {"command": " ".join(["python", "benchmarks/flism.py", *sys.argv[1:]]), **before, **globals()[part](run)}
-        write(options.output, f"{part} ({run.device.type})", result)
+        shown = {name: globals()[f"show_{name}"] for name in PARTS}
+        write(options.output, "FLISM: speed, shares, memory, kills", f"{part} ({run.device.type})", result, shown)
         shutil.rmtree(run.work / "caches", ignore_errors=True)
     print(options.output.with_suffix(".md").read_text())
 
@@ -401,7 +401,7 @@ def profile(
 
 def large_models(run: Run, dataset: Dataset, config: FlismConfig, size: str) -> tuple[Clip, RegionDetector]:
     """ViT-B/16 and a YOLO of the size, with random weights."""
-    clip = inputs.vit_b16().to(run.device).eval()
+    clip = inputs.vit().to(run.device).eval()
     return clip, inputs.yolo(size, run.work, dataset, config, run.device)
 
 
@@ -457,27 +457,6 @@ def tables(output: Path) -> dict[str, pd.DataFrame]:
 
 
 # --- results -----------------------------------------------------------------------------------------------------
-
-
-def write(output: Path, part: str, result: dict[str, Any]) -> None:
-    """Puts a part's result into OUTPUT.json and writes OUTPUT.md from all that is there."""
-    path = output.with_suffix(".json")
-    known = json.loads(path.read_text()) if path.exists() else {}
-    known[part] = result
-    write_json(path, known)
-    lines = ["# FLISM: speed, shares, memory, kills", ""]
-    for name in sorted(known, key=lambda key: (PARTS.index(key.split()[0]), key)):
-        lines += [f"## {name}", "", heading(known[name]), "", *globals()[f"show_{name.split()[0]}"](known[name]), ""]
-    output.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
-
-
-def heading(result: dict[str, Any]) -> str:
-    """How a part's figures came to be."""
-    return (
-        f"Made by `{result['command']}` at commit {result['commit']}; {result['device']}, {result['cores']} cores, "
-        f"torch {result['torch']} with {result['torch_threads']} threads, load average before {result['load_average']}."
-        + (f" Models, in {result['precision']}: {result['models']}." if "models" in result else "")
-    )
 
 
 def show_baseline(result: dict[str, Any]) -> list[str]:
@@ -568,11 +547,6 @@ def show_kills(result: dict[str, Any]) -> list[str]:
         f"times, {listed(result['killed_after'])} s after the models were loaded; the last run found {result['resumed']} "
         f"images finished and took {result['seconds_last']:.1f} s. The tables are equal {equal}."
     ]
-
-
-def listed(values: list[float], form: str = ".1f") -> str:
-    """Numbers in a row."""
-    return ", ".join(format(value, form) for value in values)
 
 
 if __name__ == "__main__":

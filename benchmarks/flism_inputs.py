@@ -79,14 +79,14 @@ def settings(**changes: Any) -> FlismConfig:
     return replace(build(FlismConfig, compose(["experiment=demo"])["flism"], "flism"), **{"splits": ["train"], **changes})
 
 
-def scenes(folder: Path, images: int) -> Dataset:
+def scenes(folder: Path, images: int, detector: bool = True) -> Dataset:
     """The demo's drawn scenes: `images` of them in the split train, and others for the detector; made once."""
     from fast_goal.data.sources.scenes.source import ScenesConfig, draw_all
 
     name = f"scenes{images}"
     if not (folder / "records" / f"{name}.json").exists():
         # the detector learns from scenes of two and more objects, which is about every third
-        pretrain = 4 * demo_base_config().detector.images
+        pretrain = 4 * demo_base_config().detector.images if detector else 0
         config = ScenesConfig(seed=0, image_size=192, pretrain=pretrain, train=images, val=0, test=0)
         loaded = draw_all(config, name, folder / name, os.cpu_count() or 1)
         tables = {"truth": loaded.truth, "objects": loaded.objects}
@@ -116,13 +116,13 @@ def tiny_base(folder: Path, dataset: Dataset) -> Path:
     return folder
 
 
-def vit_b16(context_length: int = 248) -> Clip:
-    """CLIP ViT-B/16 with random weights, its text context stretched as the paper's."""
+def vit(name: str = "ViT-B-16", context_length: int = 248) -> Clip:
+    """One of open_clip's CLIPs with random weights, its text context stretched as the paper's."""
     import open_clip
 
-    config = open_clip.get_model_config("ViT-B-16")
+    config = open_clip.get_model_config(name)
     torch.manual_seed(0)
-    clip = Clip(open_clip.CLIP(**config), config, {"mean": CLIP_MEAN, "std": CLIP_STD}, "ViT-B-16 with random weights")
+    clip = Clip(open_clip.CLIP(**config), config, {"mean": CLIP_MEAN, "std": CLIP_STD}, f"{name} with random weights")
     return clip.stretched(context_length)
 
 
@@ -203,12 +203,12 @@ def photographs(folder: Path, count: int, source: Path | None = None) -> Dataset
     """
     paths = sorted(path for path in source.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png")) if source else []
     name = f"photographs{count}" + ("-of-" + hashlib.sha256(str(source).encode()).hexdigest()[:8] if source else "")
-    return _generated(name, folder, count, LARGE, SENTENCES, partial(_photograph, paths=tuple(paths)))
+    return generated(name, folder, count, LARGE, SENTENCES, partial(draw_photograph, paths=tuple(paths)))
 
 
 def specks(folder: Path, count: int) -> Dataset:
     """`count` different JPEGs of 64 x 48 pixels with captions of two sentences; made once."""
-    return _generated(f"specks{count}", folder, count, SMALL, 2, _speck)
+    return generated(f"specks{count}", folder, count, SMALL, 2, draw_speck)
 
 
 def caption(index: int, sentences: int) -> str:
@@ -225,9 +225,16 @@ def caption(index: int, sentences: int) -> str:
     return " ".join(texts)
 
 
-def _generated(
-    name: str, folder: Path, count: int, size: tuple[int, int], sentences: int, draw: Callable[[int, Path], None]
+def generated(
+    name: str,
+    folder: Path,
+    count: int,
+    size: tuple[int, int],
+    sentences: int | Sequence[int],
+    draw: Callable[[int, Path], None],
 ) -> Dataset:
+    """`count` images of the size that `draw(index, path)` makes, with captions of so many sentences, all alike or each its
+    own; made once."""
     if not (folder / "records" / f"{name}.json").exists():
         root = folder / name
         root.mkdir(parents=True, exist_ok=True)
@@ -243,7 +250,7 @@ def _generated(
                 "width": size[0],
                 "height": size[1],
                 "split": "train",
-                "long_caption": caption(index, sentences),
+                "long_caption": caption(index, sentences if isinstance(sentences, int) else sentences[index]),
                 "captions": [],
                 "source": name,
                 "content_hash": digests[index],
@@ -260,29 +267,31 @@ def _write(root: Path, draw: Callable[[int, Path], None], index: int) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _speck(index: int, path: Path) -> None:
+def draw_speck(index: int, path: Path) -> None:
+    """A picture of 64 x 48 pixels: coloured noise."""
     pixels = np.random.default_rng(index).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize(SMALL, Image.Resampling.BICUBIC).save(path, quality=80)
 
 
-def _photograph(index: int, path: Path, paths: Sequence[Path] = ()) -> None:
+def draw_photograph(index: int, path: Path, paths: Sequence[Path] = (), size: tuple[int, int] = LARGE) -> None:
+    """A picture like a photograph, or an enlarged one of `paths`."""
     generator = np.random.default_rng(index)
-    width, height = LARGE
+    width, height = size
     if paths:
         image = Image.open(paths[index % len(paths)]).convert("RGB")
         scale = max(width / image.width, height / image.height)
         box = (0, 0, width / scale, height / scale)
-        image = image.resize(LARGE, Image.Resampling.BICUBIC, box=box)
+        image = image.resize(size, Image.Resampling.BICUBIC, box=box)
     else:
         pixels = np.zeros((height, width, 3), dtype=np.float32)
         for octave in range(2, 8):  # the spectrum of photographs falls with the frequency
             cells = generator.integers(0, 256, (3 * 2**octave // 4 + 1, 2**octave, 3), dtype=np.uint8)
-            pixels += np.asarray(Image.fromarray(cells).resize(LARGE, Image.Resampling.BICUBIC), np.float32) / 2**octave
+            pixels += np.asarray(Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC), np.float32) / 2**octave
         image = Image.fromarray((pixels / pixels.max() * 255).astype(np.uint8))
         draw = ImageDraw.Draw(image)
         for _ in range(30):
             x, y = int(generator.integers(width)), int(generator.integers(height))
-            w, h = (int(side) for side in generator.integers(30, 500, 2))
+            w, h = (int(side) for side in generator.integers(30, height // 3, 2))
             shape = draw.ellipse if generator.integers(2) else draw.rectangle
             shape((x, y, x + w, y + h), fill=tuple(generator.integers(0, 256, 3).tolist()))
     noise = generator.integers(-6, 7, (height, width, 1), dtype=np.int16)

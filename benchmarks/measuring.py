@@ -1,23 +1,28 @@
-"""Stop-watches of the benchmarks: time inside the models' forward passes, where threads spend theirs, peak memory, the machine.
+"""Stop-watches of the benchmarks: time inside the models' forward passes, where threads spend theirs, several ways to do the
+same in turns, peak memory, the machine; and how their results are written.
 
 `B` is a batch.
 """
 
 from __future__ import annotations
 
+import json
 import platform
+import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+
+from fast_goal.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "/src/fast_goal/"
@@ -200,6 +205,46 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def in_turns(
+    variants: Mapping[str, Callable[[], object]], repeats: int, calls: int = 1, warm: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of a call of each variant, `repeats` times, each the mean of `calls` in a row.
+
+    All variants take their turn before the next repeat begins, there and back alternately, so that what slows the machine
+    down for a while slows all of them. With `warm` a call of each before them is not counted.
+    """
+    for variant in variants.values() if warm else ():
+        variant()
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(repeats):
+        for name in list(variants) if number % 2 == 0 else reversed(list(variants)):
+            seconds[name].append(timed(variants[name], calls))
+    return seconds
+
+
+def timed(work: Callable[[], object], calls: int = 1) -> float:
+    """Seconds of one call, the mean of `calls` in a row."""
+    synchronize()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        work()
+    synchronize()
+    return (time.perf_counter() - begin) / calls
+
+
+def ratio(slow: Sequence[float], quick: Sequence[float]) -> dict[str, float]:
+    """How many times as long the one takes as the other, from repeats in turns: the median over the repeats, and the
+    quartiles."""
+    ratios = [one / other for one, other in zip(slow, quick, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    return {"median": statistics.median(ratios), "low": low, "high": high}
+
+
+def spread_of(ratios: dict[str, float], digits: int = 2) -> str:
+    """What `ratio` returned: the median and, in brackets, the quartiles."""
+    return "{median:.{d}f} ({low:.{d}f} to {high:.{d}f})".format(**ratios, d=digits)
+
+
 def watch_memory(process: subprocess.Popen[Any], interval: float = 0.02) -> dict[str, Any]:
     """Samples the resident memory of a process and its children until it ends; MB (of 1,000,000 bytes).
 
@@ -238,6 +283,43 @@ def machine(device: torch.device) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 1),
     }
+
+
+def write(
+    output: Path,
+    title: str,
+    part: str,
+    result: dict[str, Any],
+    show: Mapping[str, Callable[[dict[str, Any]], list[str]]],
+    ending: Callable[[dict[str, Any]], list[str]] | None = None,
+) -> None:
+    """Puts the result of a part, such as `share (cpu)`, into OUTPUT.json and writes OUTPUT.md from all that is there.
+
+    show: the parts by their first word, in order, each with what makes its lines. ending: what makes the last lines of all.
+    """
+    path = output.with_suffix(".json")
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known[part] = result
+    write_json(path, known)
+    lines = [f"# {title}", ""]
+    for name in sorted(known, key=lambda key: (list(show).index(key.split()[0]), key)):
+        lines += [f"## {name}", "", heading(known[name]), "", *show[name.split()[0]](known[name]), ""]
+    lines += ending(known) if ending else []
+    write_text(output.with_suffix(".md"), "\n".join(lines).rstrip() + "\n")
+
+
+def heading(result: dict[str, Any]) -> str:
+    """How a part's figures came to be."""
+    return (
+        f"Made by `{result['command']}` at commit {result['commit']}; {result['device']}, {result['cores']} cores, "
+        f"torch {result['torch']} with {result['torch_threads']} threads, load average before {result['load_average']}."
+        + (f" Models, in {result['precision']}: {result['models']}." if "models" in result else "")
+    )
+
+
+def listed(values: Sequence[float], form: str = ".1f") -> str:
+    """Numbers in a row."""
+    return ", ".join(format(value, form) for value in values)
 
 
 def _git(*arguments: str) -> str:

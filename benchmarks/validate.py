@@ -60,7 +60,7 @@ def measured(rows: int, folder: Path) -> dict[str, Any]:
     subject = generated(rows, folder / f"files{rows}")
     config = replace(build(ValidateConfig, compose([])["validate"], "params.yaml"), max_decoded=0)
     base = validation.Base("none", 224, 248)
-    settings = validation.Settings(config, subject.dataset, detector_only=False, top_k=1, base=base)
+    settings = validation.Settings(config, [subject.dataset], detector_only=False, top_k=1, base=base)
     cpu = time.process_time()
     images, files = timed(lambda: quality.inspect_images(subject.dataset, 0))
     found, tables = timed(lambda: validation.examine(subject, images, settings, None))

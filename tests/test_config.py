@@ -32,8 +32,13 @@ def test_every_experiment_composes_and_passes_the_checks(experiment: str):
 
 @pytest.mark.parametrize("group", [name for name in groups() if name not in ("experiment", "dataset", "download")])
 def test_every_option_of_every_group_composes(group: str):
+    needed = {
+        "intermediate=before": ["intermediate.dataset=scenes"],
+        "objective=hard_negatives": ["finetune.pairs=all", "flism.top_k=3"],
+    }
     for option in groups()[group]:
-        check(compose([f"{group}={option}"]))
+        choice = f"{group}={option}"
+        check(compose([choice, *needed.get(choice, [])]))
 
 
 def test_committed_params_are_the_composed_demo(demo: dict):
@@ -73,7 +78,14 @@ def changed(values: dict, key: str, value: object) -> dict:
         ("finetune.epochs", True, "finetune.epochs = True: expected int"),
         ("finetune.learning_rate", 0.0, "finetune.learning_rate = 0.0: expected more than 0"),
         ("finetune.learning_rate", float("nan"), "finetune.learning_rate = nan"),
-        ("finetune.gradient_clip", -1.0, "finetune.gradient_clip = -1.0"),
+        ("finetune.gradient_clip", -1.0, "finetune.gradient_clip = -1.0: expected null"),
+        ("finetune.accumulate", 99, "finetune.accumulate = 99: a batch of batch_size = 64"),
+        ("intermediate.training.ema", 1.0, "intermediate.training.ema = 1.0: expected null"),
+        ("intermediate.training.epochs", 0, "intermediate.training.epochs = 0: expected at least 1"),
+        ("intermediate.objective.weights", {"globl": 1.0}, "intermediate.objective.weights.globl = 1.0: unknown term"),
+        ("intermediate.objective.name", "goal", "intermediate.objective.name = 'goal': expected one of"),
+        ("intermediate.dataset", "docci", "intermediate.dataset = 'docci': not among download.datasets: ['scenes']"),
+        ("flism.merge_iou", 2.0, "flism.merge_iou = 2.0: expected null"),
         ("finetune.epoch", 3, "unknown key finetune.epoch = 3. Did you mean finetune.epochs?"),
         ("base.scratch.widht", 3, "unknown key base.scratch.widht"),
         ("flism.confidence", 1.5, "flism.confidence = 1.5: expected at most 1"),
@@ -103,6 +115,42 @@ def test_a_wrong_value_is_named_with_its_full_key(demo: dict, key: str, value: o
 def test_regions_of_a_detector_that_is_not_there_are_refused(demo: dict):
     with pytest.raises(ConfigError, match=r"flism\.regions = 'detector' needs a detector"):
         check(changed(changed(demo, "flism.regions", "detector"), "base.detector.kind", "none"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective=hard_negatives"], "objective.in_image_negatives = 0.5 needs several pairs of an image, but "
+         "finetune.pairs = 'best' and flism.top_k = 1: set finetune.pairs=all and flism.top_k=3, or objective.in_image_"),
+        (["objective=hard_negatives", "finetune.pairs=all"], "but flism.top_k = 1: set finetune.pairs=all"),
+        (["objective=hard_negatives", "flism.top_k=2"], "but finetune.pairs = 'best': set finetune.pairs=all"),
+        (
+            ["intermediate=before", "intermediate.dataset=scenes", "objective@intermediate.objective=hard_negatives"],
+            "intermediate.objective.in_image_negatives = 0.5 needs several pairs of an image, but intermediate.training.pairs",
+        ),
+    ],
+)  # fmt: skip
+def test_in_image_negatives_need_several_pairs(overrides: list[str], message: str):
+    with pytest.raises(ConfigError) as error:
+        check(compose(overrides))
+    assert message in str(error.value)
+
+
+def test_the_objective_of_a_first_stage_that_is_not_there_is_not_looked_at_closely():
+    check(compose(["objective@intermediate.objective=hard_negatives"]))
+
+
+def test_a_first_stage_needs_its_data_set():
+    with pytest.raises(ConfigError, match=r"intermediate\.dataset has no default"):
+        compose(["intermediate=before"])
+
+
+def test_the_data_sets_that_are_trained_on():
+    def names(*overrides: str) -> list[str]:
+        return check(compose(overrides)).training_datasets
+
+    assert names() == names("experiment=demo_hard_negatives") == ["scenes"]
+    assert names("experiment=demo_two_stages") == ["scenes", "earlier_scenes"]
 
 
 def test_a_missing_key_is_named(demo: dict):

@@ -22,6 +22,7 @@ STEPS = {
     "flism": "Find for every image the region and the sentence that fit best.",
     "validate": "Check records, regions and pairs with Great Expectations; write the data card.",
     "publish": "Write the training data set with its local pairs in a layout that others can read.",
+    "intermediate": "A first stage of fine-tuning, on another data set or with another objective, where one is asked for.",
     "finetune": "Fine-tune CLIP with the objective of params.yaml.",
     "evaluate": "Measure the base and the fine-tuned model; write the report.",
     "register": "Register the fine-tuned model in MLflow.",
@@ -63,19 +64,23 @@ def _add_step(step: str, summary: str) -> None:
         run(step)
 
 
-def _add_flism(summary: str) -> None:
-    """The step `flism` has a command below it; without it, it runs as every other step."""
-    group = typer.Typer(
-        help=f"{summary}\n\nWithout a command: the whole step. `preview` shows what the current settings do with a few images.",
-        invoke_without_command=True,
-    )
+def _step_group(step: str, summary: str, more: str) -> typer.Typer:
+    """A step with commands below it; without one of them it runs as every other step."""
+    group = typer.Typer(help=f"{summary}\n\nWithout a command: the whole step. {more}", invoke_without_command=True)
 
     @group.callback()
-    def step(context: typer.Context) -> None:
+    def command(context: typer.Context) -> None:
         if context.invoked_subcommand is None:
             from fast_goal.stages import run
 
-            run("flism")
+            run(step)
+
+    app.add_typer(group, name=step, rich_help_panel="Steps, in order")
+    return group
+
+
+def _add_flism(summary: str) -> None:
+    group = _step_group("flism", summary, "`preview` shows what the current settings do with a few images.")
 
     @group.command("preview")
     def preview(
@@ -90,12 +95,30 @@ def _add_flism(summary: str) -> None:
 
         typer.echo(preview.run(n, output))
 
-    app.add_typer(group, name="flism", rich_help_panel="Steps, in order")
+
+def _add_finetune(summary: str) -> None:
+    group = _step_group("finetune", summary, "`advise` says what fits into a GPU's memory.")
+
+    @group.command("advise")
+    def advise(
+        memory: Annotated[
+            str | None, typer.Option(help="Of one GPU: 24GB (10**9 bytes each) or 24GiB (2**30). Without it: this machine's.")
+        ] = None,
+        intermediate: Annotated[bool, typer.Option("--intermediate", help="The first stage's training instead.")] = False,
+    ) -> None:
+        """Say what a training step needs, the largest batch that fits, and which setting helps most.
+
+        Estimated from the sizes of the model, without a GPU and without weights; works before any other step.
+        """
+        from fast_goal.stages import advice
+
+        typer.echo(advice.run(memory, intermediate))
 
 
+_GROUPS = {"flism": _add_flism, "finetune": _add_finetune}
 for _step, _summary in STEPS.items():
-    if _step == "flism":
-        _add_flism(_summary)
+    if _step in _GROUPS:
+        _GROUPS[_step](_summary)
     else:
         _add_step(_step, _summary)
 

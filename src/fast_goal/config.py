@@ -2,7 +2,8 @@
 
 The values live in the Hydra groups under `conf/`; `fast-goal configure` composes them into `params.yaml`, and every
 stage reads only that file, through `load_params`. The dataclasses therefore have no defaults: a key that is missing,
-unknown or out of range is an error that names the key in full (`finetune.learning_rate`).
+unknown or out of range is an error that names the key in full (`finetune.learning_rate`). A dataclass that checks more in
+`__post_init__` raises a ConfigError that begins with the name of its field; `build` puts the section before it.
 
 No Hydra here: this module also serves a GPU machine that has only torch and open_clip.
 """
@@ -22,6 +23,7 @@ import yaml
 from fast_goal.errors import ConfigError
 
 PARAMS_FILE = Path("params.yaml")
+SCRATCH_POSITIONS = 77  # text positions of a CLIP trained from scratch, before they are stretched
 T = TypeVar("T")
 Split = Literal["pretrain", "train", "val", "test"]
 
@@ -42,7 +44,7 @@ class DownloadConfig:
     def __post_init__(self) -> None:
         if self.train_dataset not in self.datasets:
             raise ConfigError(
-                f"download.train_dataset = {self.train_dataset!r} is not one of download.datasets: {sorted(self.datasets)}"
+                f"train_dataset = {self.train_dataset!r} is not one of download.datasets: {sorted(self.datasets)}"
             )
 
 
@@ -97,7 +99,7 @@ class BaseConfig:
     scratch: ScratchConfig
     detector: DetectorConfig
     context_length: int = number(77)
-    keep_positions: int = number(1, 75)  # of CLIP's 77; two at least are left to stretch
+    keep_positions: int = number(0)  # of the model's own positions, CLIP's 77; two at least are left to stretch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +117,7 @@ class FlismConfig:
     splits: list[Split]
     regions: Literal["both", "detector", "spatial"]
     matcher: MatcherConfig
+    choice: Literal["best", "random", "truth"]  # of a pair's region
     pair_weights: Literal["uniform", "similarity"]
     classes: list[str] | None  # of detections; null: all
     merge_iou: float | None  # from which two boxes are one region; null: all are kept, as in the paper
@@ -132,7 +135,7 @@ class FlismConfig:
 
     def __post_init__(self) -> None:
         if self.merge_iou is not None and not 0 < self.merge_iou <= 1:
-            raise ConfigError(f"flism.merge_iou = {self.merge_iou}: expected null or a number above 0 and at most 1")
+            raise ConfigError(f"merge_iou = {self.merge_iou}: expected null or a number above 0 and at most 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,21 +206,21 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         if self.gradient_clip is not None and self.gradient_clip <= 0:
-            raise ConfigError(f"finetune.gradient_clip = {self.gradient_clip}: expected null or a number above 0")
+            raise ConfigError(f"gradient_clip = {self.gradient_clip}: expected null or a number above 0")
         if self.max_logit_scale is not None and self.max_logit_scale < 1:
-            raise ConfigError(f"finetune.max_logit_scale = {self.max_logit_scale}: expected null or at least 1")
+            raise ConfigError(f"max_logit_scale = {self.max_logit_scale}: expected null or at least 1")
         if self.patience is not None and self.patience < 1:
-            raise ConfigError(f"finetune.patience = {self.patience}: expected null or at least 1")
+            raise ConfigError(f"patience = {self.patience}: expected null or at least 1")
         if self.ema is not None and not 0 <= self.ema < 1:
-            raise ConfigError(f"finetune.ema = {self.ema}: expected null or a number from 0 to below 1")
+            raise ConfigError(f"ema = {self.ema}: expected null or a number from 0 to below 1")
         if self.diverged is not None and self.diverged <= 1:
-            raise ConfigError(f"finetune.diverged = {self.diverged}: expected null or a number above 1")
+            raise ConfigError(f"diverged = {self.diverged}: expected null or a number above 1")
         if self.decode == "gpu" and (self.pixel_cache or self.scaled_decoding):
-            raise ConfigError("finetune.decode = 'gpu' goes with neither finetune.pixel_cache nor finetune.scaled_decoding")
-        if self.accumulate > self.batch_size:
             raise ConfigError(
-                f"finetune.accumulate = {self.accumulate}: a batch of finetune.batch_size = {self.batch_size} has no more parts"
+                "decode = 'gpu' goes with neither pixel_cache nor scaled_decoding: set it to cpu, or both to false"
             )
+        if self.accumulate > self.batch_size:
+            raise ConfigError(f"accumulate = {self.accumulate}: a batch of batch_size = {self.batch_size} has no more parts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,12 +240,30 @@ class IntermediateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Retrieval, localisation and the report."""
+    """Retrieval, localisation and the report. The tasks are the files of `evaluation/tasks/`."""
 
     datasets: list[str]
     split: Split
+    tasks: list[
+        Literal[
+            "long",
+            "short",
+            "localisation",
+            "sentence_average",
+            "truncation",
+            "robustness",
+            "sentences",
+            "shuffled",
+            "dropped",
+            "joint",
+        ]
+    ]
+    precision: Literal["fp32", "bf16"]
     ks: list[int] = number(1)
     patch_ks: list[int] = number(1)
+    truncation: list[int] = number(3)  # tokens, start and end included
+    dropped: float = number(above=0, high=1)  # fraction of the sentences
+    seed: int = number(0)  # of the tasks that draw lots
     batch_size: int = number(1)
     bootstrap_samples: int = number(1)
     pictures: int = number(0)  # queries shown in the retrieval picture
@@ -273,6 +294,12 @@ class Params:
     register: RegisterConfig
     seed: int = number(0)
 
+    @property
+    def training_datasets(self) -> list[str]:
+        """The data sets that are trained on: that of `finetune`, then that of the first stage where it is another one."""
+        names = (self.download.train_dataset, self.intermediate.dataset)
+        return list(dict.fromkeys(name for name in names if name is not None))
+
 
 def load_params(path: Path | str = PARAMS_FILE) -> Params:
     """Reads and checks params.yaml. Raises ConfigError, which names the file and the key."""
@@ -297,8 +324,31 @@ def check_together(params: Params) -> None:
         raise ConfigError(f"evaluate.datasets = {unknown}: not among download.datasets: {datasets}")
     if params.intermediate.dataset is not None and params.intermediate.dataset not in datasets:
         raise ConfigError(f"intermediate.dataset = {params.intermediate.dataset!r}: not among download.datasets: {datasets}")
+    if params.base.kind == "scratch" and params.base.keep_positions > SCRATCH_POSITIONS - 2:
+        raise ConfigError(f"base.keep_positions = {params.base.keep_positions}: expected at most {SCRATCH_POSITIONS - 2}")
     if params.flism.regions == "detector" and params.base.detector.kind == "none":
         raise ConfigError("flism.regions = 'detector' needs a detector: set base.detector.kind, or flism.regions=spatial")
+    _check_in_image_negatives("objective", params.objective, "finetune", params.finetune, params.flism.top_k)
+    if params.intermediate.dataset is not None:
+        first = params.intermediate
+        _check_in_image_negatives(
+            "intermediate.objective", first.objective, "intermediate.training", first.training, params.flism.top_k
+        )
+
+
+def _check_in_image_negatives(
+    name: str, objective: Mapping[str, Any], section: str, training: FinetuneConfig, top_k: int
+) -> None:
+    """Raises ConfigError where no image has two pairs that could be negatives of each other."""
+    if objective.get("in_image_negatives") is None:
+        return
+    wrong = [f"{section}.pairs = 'best'"] if training.pairs == "best" else []
+    wrong += ["flism.top_k = 1"] if top_k == 1 else []
+    if wrong:
+        raise ConfigError(
+            f"{name}.in_image_negatives = {objective['in_image_negatives']} needs several pairs of an image, but "
+            f"{' and '.join(wrong)}: set {section}.pairs=all and flism.top_k=3, or {name}.in_image_negatives=null"
+        )
 
 
 def build(cls: type[T], values: Any, where: str) -> T:
@@ -325,7 +375,10 @@ def build(cls: type[T], values: Any, where: str) -> T:
         value = _convert(hints[name], values[name], key)
         _check_range(value, field.metadata, key)
         made[name] = value
-    return cls(**made)
+    try:
+        return cls(**made)
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

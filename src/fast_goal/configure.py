@@ -58,6 +58,7 @@ def check(values: dict[str, Any]) -> Params:
         source_config(values_of_source, f"download.datasets.{name}")
         source_facts(values_of_source, f"download.datasets.{name}")
     objective_config(params.objective, "objective")
+    objective_config(params.intermediate.objective, "intermediate.objective")
     return params
 
 

@@ -199,7 +199,7 @@ def outcomes(subject: quality.Subject, docs: Path) -> dict[str, Outcome]:
     """Suite and rule -> the outcome, of all rules."""
     images = quality.inspect_images(subject.dataset)
     base = validation.Base("a CLIP", image_size=40, context_length=77)
-    settings = validation.Settings(CONFIG, subject.dataset, detector_only=False, top_k=1, base=base)
+    settings = validation.Settings(CONFIG, [subject.dataset], detector_only=False, top_k=1, base=base)
     found = check(validation.examine(subject, images, settings, None).suites, docs)
     return {f"{outcome.suite.removeprefix('photos_')}.{outcome.rule.name}": outcome for outcome in found}
 

@@ -91,6 +91,18 @@ def test_the_nearest_of_each_image(other_set):
         assert link.where == "training" or (link.row != link.other and splits[link.row] == splits[link.other])
 
 
+def test_of_a_data_set_that_is_trained_on_only_what_is_held_out_is_compared():
+    first = dataset("large", np.array([5, 5, 0xFFFF00000000], dtype=np.uint64), ["train", "test", "train"])
+    data = dataset("photos", np.array([5, 7, 0xFFFF00000001], dtype=np.uint64), ["train", "test", "val"])
+
+    def found(**options: bool) -> list[tuple[int, int, int]]:
+        links = near_duplicates(data, first, 4, **options)
+        return links.loc[links["where"] == "training", ["row", "other", "distance"]].to_records(index=False).tolist()
+
+    assert found() == [(0, 0, 0), (1, 0, 1), (2, 2, 1)]
+    assert found(learned=True) == [(1, 0, 1), (2, 2, 1)]
+
+
 def test_images_without_a_hash_are_left_out():
     data = dataset("photos", np.array([5, 5, 5], dtype=np.uint64), ["train", "train", "test"])
     data = Dataset("photos", None, data.records, hashes=data.hashes[data.hashes["image_id"] != "photos1"])

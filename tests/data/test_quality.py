@@ -25,7 +25,7 @@ def problems(table):
 
 
 def test_good_tables_have_no_problem(subject):
-    table = records_table(subject, inspect_images(subject.dataset), subject.dataset)
+    table = records_table(subject, inspect_images(subject.dataset), [subject.dataset])
     for made in (table, regions_table(subject), pairs_table(subject)):
         assert problems(made) == {}
         assert made["row"].tolist() == list(range(len(made)))
@@ -87,21 +87,34 @@ def test_ranks(subject, ranks, gaps, not_best):
 def test_a_test_image_among_the_pretraining_images(subject):
     table = subject.dataset.records
     leak = with_records(subject, change(table, 5, content_hash=table["content_hash"][0]))
-    found = records_table(leak, inspect_images(leak.dataset), leak.dataset)
+    found = records_table(leak, inspect_images(leak.dataset), [leak.dataset])
     text = "the same content_hash as image 'p0' of split pretrain of tiny (row 0)"
     assert problems(found) == {(5, "bytes_in_training"): text}
 
 
+def test_leaks_from_a_data_set_that_is_trained_on_before(subject):
+    """Of a training data set only what is held out is a leak, by the bytes; the ids of another data set say nothing."""
+    table = subject.dataset.records
+    earlier = replace(subject.dataset, name="earlier", records=change(table, 0, split="train"))
+    found = records_table(subject, inspect_images(subject.dataset), [subject.dataset, earlier])
+    assert problems(found) == {}, "the training images of both may be the same"
+    for row, column in ((5, "bytes_in_training"), (4, "validation_in_training")):
+        leak = replace(earlier, records=change(earlier.records, 1, content_hash=table["content_hash"][row]))
+        found = records_table(subject, inspect_images(subject.dataset), [subject.dataset, leak])
+        name = table["image_id"][1]
+        assert problems(found) == {(row, column): f"the same content_hash as image {name!r} of split train of earlier (row 1)"}
+
+
 def test_an_empty_content_hash_is_equal_to_nothing(subject):
     blank = with_records(subject, subject.dataset.records.assign(content_hash=""))
-    assert problems(records_table(blank, inspect_images(blank.dataset), blank.dataset)) == {}
+    assert problems(records_table(blank, inspect_images(blank.dataset), [blank.dataset])) == {}
 
 
 def test_twins_are_no_leak(subject):
     """Two test images alike in all but their bytes, and two copies within one split."""
     table = subject.dataset.records
     twins = with_records(subject, change(table, 2, content_hash=table["content_hash"][1]))
-    assert problems(records_table(twins, inspect_images(twins.dataset), twins.dataset)) == {}
+    assert problems(records_table(twins, inspect_images(twins.dataset), [twins.dataset])) == {}
 
 
 def test_skipped_share_counts_a_sample_once(subject):

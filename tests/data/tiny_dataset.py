@@ -114,7 +114,7 @@ def find(
 ) -> validation.Findings:
     """What is found in the subject, which is the training data set unless another one is given."""
     images = quality.inspect_images(subject.dataset, config.max_decoded, config.seed, workers=2)
-    settings = validation.Settings(config, training or subject.dataset, detector_only, top_k, base)
+    settings = validation.Settings(config, [training or subject.dataset], detector_only, top_k, base)
     return validation.examine(subject, images, settings, cosines)
 
 

@@ -183,6 +183,19 @@ def test_stretched(clip, images, tokens):
     assert clip.model.visual.proj.any()
 
 
+def test_a_stretched_model_is_stretched_again_but_never_shortened(clip, tmp_path):
+    """One of 248 positions, as Long-CLIP's are."""
+    clip.stretched(248).save(tmp_path / "long", {})
+    longer = load_pretrained(f"local-dir:{tmp_path / 'long'}", None, 512, 246)
+    assert longer.stretch.describe() == {"from": 248, "to": 512, "kept": 246, "ratio": 133.0, "extrapolated": 132}
+    assert torch.equal(longer.model.positional_embedding[:246], clip.stretched(248).model.positional_embedding[:246])
+    same = load_pretrained(f"local-dir:{tmp_path / 'long'}", None, 248)
+    assert same.stretch.describe() == {"from": 248, "to": 248, "kept": 248, "ratio": 1.0, "extrapolated": 0}
+    for length, keep, message in ((120, 20, "base.context_length = 120: the model has 248"), (512, 247, "expected 0 to 246")):
+        with pytest.raises(ModelError, match=message):
+            load_pretrained(f"local-dir:{tmp_path / 'long'}", None, length, keep)
+
+
 def test_save_and_load(clip, images, tokens, tmp_path):
     stretched = clip.stretched(120)
     stretched.save(tmp_path / "model", {"method": "fast_goal", "metrics": {"loss": 1.5}})

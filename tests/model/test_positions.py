@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fast_goal.errors import ModelError
-from fast_goal.model.positions import stretch_positions
+from fast_goal.model.positions import Stretch, stretch_positions
 
 
 def slow_stretch(table: list[list[float]], length: int, keep: int) -> list[list[float]]:
@@ -39,6 +39,32 @@ def test_any_length(count, length, keep):
     assert torch.equal(found[:keep], table[:keep])
 
 
+@pytest.mark.parametrize(
+    ("count", "length", "keep"),
+    [(77, 248, 20), (77, 120, 20), (77, 400, 20), (77, 512, 1), (77, 78, 75), (248, 512, 246), (8, 30, 0)],
+)
+def test_a_stretch_says_what_it_does(count, length, keep):
+    """By the places in the old table that the slow reading looks at."""
+    ratio = (length - keep) / (count - keep)
+    places = [keep + (p - keep) / ratio for p in range(keep, length)]
+    stretch = Stretch(count, length, keep)
+    assert stretch.extrapolated == sum(place > count - 1 + 1e-9 for place in places)
+    assert stretch.describe() == pytest.approx(
+        {"from": count, "to": length, "kept": keep, "ratio": ratio, "extrapolated": stretch.extrapolated}
+    )
+    table = torch.rand(count, 2, dtype=torch.float64)
+    assert torch.equal(stretch_positions(table, length, keep)[: stretch.kept], table[: stretch.kept])
+
+
+def test_no_stretch_keeps_all():
+    expected = {"from": 77, "to": 77, "kept": 77, "ratio": 1.0, "extrapolated": 0}
+    assert Stretch(77, 77, 20).describe() == expected == Stretch(77, 77, 500).describe()
+
+
+def test_long_clips_ratio():
+    assert Stretch(77, 248, 20).describe() == {"from": 77, "to": 248, "kept": 20, "ratio": 4.0, "extrapolated": 3}
+
+
 def test_whole_ratio_keeps_every_row_exactly():
     table = torch.randn(77, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(stretch_positions(table, 248)[20::4], table[20:])
@@ -56,7 +82,13 @@ def test_gradient():
 
 @pytest.mark.parametrize(
     ("shape", "length", "keep", "message"),
-    [((77, 4), 76, 20, "context_length = 76"), ((77, 4), 248, 76, "keep_positions = 76"), ((77,), 248, 20, "shape")],
+    [
+        ((77, 4), 76, 20, r"base\.context_length = 76: .* 77 .* Set it to 77 or more"),
+        ((248, 4), 120, 20, r"base\.context_length = 120: .* 248 .* Set it to 248 or more"),
+        ((77, 4), 248, 76, r"base\.keep_positions = 76: expected 0 to 75"),
+        ((248, 4), 512, 247, r"base\.keep_positions = 247: expected 0 to 246"),
+        ((77,), 248, 20, "shape"),
+    ],
 )
 def test_refusals(shape, length, keep, message):
     with pytest.raises(ModelError, match=message):

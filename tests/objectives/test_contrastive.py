@@ -60,36 +60,43 @@ def test_gradient():
     assert torch.autograd.gradcheck(clip_loss, (*arguments, scale))
 
 
-def weighted_loops(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, weight: list, group: list) -> torch.Tensor:
+def weighted_loops(
+    image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, weight: list, excluded: set[tuple[int, int]]
+) -> torch.Tensor:
     total = 0.0
     for first, second in ((image, text), (text, image)):
         for row in range(len(image)):
-            others = [column for column in range(len(image)) if column == row or group[column] != group[row]]
+            others = [column for column in range(len(image)) if (min(row, column), max(row, column)) not in excluded]
             parts = [torch.exp(scale * torch.dot(first[row], second[column])) for column in others]
             total = total + weight[row] * (torch.log(sum(parts)) - scale * torch.dot(first[row], second[row]))
     return total / sum(weight) / 2
 
 
 @pytest.mark.parametrize(
-    ("weight", "group"),
+    ("weight", "excluded"),
     [
-        (None, [0, 0, 1, 2, 2]),
-        ([0.5, 0.5, 1.0, 0.25, 0.75], [0, 0, 1, 2, 2]),
+        (None, {(0, 1), (3, 4)}),
+        ([0.5, 0.5, 1.0, 0.25, 0.75], {(0, 1), (3, 4)}),
+        ([0.5, 0.5, 1.0, 0.25, 0.75], {(0, 1), (1, 2)}),  # 0 and 2 are negatives all the same
         ([1.0, 0.0, 2.0, 0.5, 0.5], None),
-        ([0.2, 0.3, 0.5, 0.5, 0.5], [0, 0, 0, 0, 0]),  # one image: nothing to tell apart
+        ([0.2, 0.3, 0.5, 0.5, 0.5], {(a, b) for b in range(5) for a in range(b)}),  # nothing to tell apart
     ],
 )
-def test_weights_and_groups_against_loops(weight, group):
+def test_weights_and_excluded_against_loops(weight, excluded):
     found, expected = (
         [unit(5, 4, seed=8).requires_grad_(), unit(5, 4, seed=9).requires_grad_(), torch.tensor(3.0).double().requires_grad_()]
         for _ in range(2)
     )
-    tensors = (
-        None if weight is None else torch.tensor(weight, dtype=torch.float64),
-        None if group is None else torch.tensor(group),
-    )
-    loss, slow = clip_loss(*found, *tensors), weighted_loops(*expected, weight or [1.0] * 5, group or list(range(5)))
+    mask = None
+    if excluded is not None:
+        mask = torch.eye(5, dtype=torch.bool)  # the diagonal has no say
+        for a, b in excluded:
+            mask[a, b] = mask[b, a] = True
+        given = mask.clone()
+    loss = clip_loss(*found, None if weight is None else torch.tensor(weight, dtype=torch.float64), mask)
+    slow = weighted_loops(*expected, weight or [1.0] * 5, excluded or set())
     assert loss.item() == pytest.approx(slow.item(), abs=1e-10)
+    assert mask is None or torch.equal(mask, given)
     for value, other in zip(found, expected, strict=True):
         wanted = torch.autograd.grad(slow, other, retain_graph=True)[0]
         torch.testing.assert_close(torch.autograd.grad(loss, value, retain_graph=True)[0], wanted, atol=1e-10, rtol=0)

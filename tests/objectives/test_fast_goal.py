@@ -147,6 +147,7 @@ def test_precision(dtype):
 def test_config():
     make, config = objective_config(VALUES, "objective")
     assert make is FastGoal and config == FastGoalConfig(WEIGHTS, "diagonal", None, "exact")
+    assert make(config).alignment == "exact"
     assert VALUES["name"] == "fast_goal"  # what was given is not changed
 
 
@@ -156,13 +157,22 @@ def test_config():
         ({"name": "nothing"}, "objective.name = 'nothing': expected one of .*fast_goal"),
         ({"target_matrix": "full"}, "objective.target_matrix = 'full'"),
         ({"temperature": 1}, "unknown key objective.temperature"),
-        ({"weights": WEIGHTS | {"local_image": 1.0}}, "unknown key objective.weights.local_image"),
+        ({"weights": WEIGHTS | {"local_image": 1.0}}, "objective.weights.local_image = 1.0: unknown term"),
         ({"weights": WEIGHTS | {"local": -0.5}}, "objective.weights.local = -0.5: expected a number, at least 0"),
         ({"weights": WEIGHTS | {"local": math.nan}}, "objective.weights.local = nan"),
         ({"weights": WEIGHTS | {"local": "much"}}, "objective.weights.local = 'much'"),
-        ({"weights": {"global": 1.0}}, "missing key objective.weights.local"),
+        ({"weights": {"global": 1.0}}, "objective.weights.local is missing"),
         ({"weights": dict.fromkeys(WEIGHTS, 0.0)}, "at least one has to be above 0"),
         ({"weights": None}, "objective.weights = None"),
+        ({"in_image_negatives": 1.01}, "objective.in_image_negatives = 1.01: expected at most 1"),
+        ({"in_image_negatives": -0.5}, "objective.in_image_negatives = -0.5: expected at least 0"),
+        ({"in_image_negatives": math.nan}, "objective.in_image_negatives = nan"),
+        ({"in_image_negatives": True}, "objective.in_image_negatives = True"),
+        (
+            {"in_image_negatives": 0.5, "weights": WEIGHTS | {"local": 0.0}},
+            "objective.in_image_negatives = 0.5 .*set weights.local above 0",
+        ),
+        ({"alignment": "fuzzy"}, "objective.alignment = 'fuzzy': expected one of 'exact', 'goal'"),
     ],
 )
 def test_wrong_configs(change, message):

@@ -1,5 +1,6 @@
 """A project after `finetune`, in a folder of its own: coloured squares, two tiny untrained models, FLISM pairs."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def write_scenes(name: str, count: int = 12, truth: bool = True, folder: Path = 
                 "long_caption": caption,
                 "captions": [] if index % 4 == 3 else [f"A {colour} square." for colour in colours],
                 "source": "squares",
-                "content_hash": f"{index:064x}",
+                "content_hash": hashlib.sha256((root / f"{index}.png").read_bytes()).hexdigest(),
             }
         )
     known = [{**box, "label": "square"} for box in boxes] if truth else None

@@ -40,16 +40,16 @@ class RecordingTracker(NullTracker):
         self.inputs.append(dataset.name)
 
 
-def write_project(splits: dict[str, int] | None = None) -> None:
-    """Writes the data set `scenes` and its pairs."""
-    root = Path("data/datasets/scenes")
+def write_project(splits: dict[str, int] | None = None, name: str = "scenes", brightness: int = 0) -> None:
+    """Writes the data set `name` and its pairs; `brightness` is that of the darkest background."""
+    root = Path("data/datasets") / name
     root.mkdir(parents=True)
     rows, pairs = [], []
     for split, count in (splits or SPLITS).items():
         for index in range(count):
             colour = list(COLOURS)[index % len(COLOURS)]
             image_id = f"{split}-{index}"
-            pixels = np.full((48, 64, 3), 12 * index, np.uint8)
+            pixels = np.full((48, 64, 3), brightness + 12 * index, np.uint8)
             pixels[10:30, 10:34] = COLOURS[colour]
             Image.fromarray(pixels).save(root / f"{image_id}.png")
             sentence = f"A {colour} box is at the left."
@@ -64,7 +64,7 @@ def write_project(splits: dict[str, int] | None = None) -> None:
                     "long_caption": caption,
                     "captions": [f"A {colour} box.", f"The box is {colour}."],
                     "source": "scenes",
-                    "content_hash": f"{len(rows):064x}",
+                    "content_hash": f"{len(rows) + 1000 * brightness:064x}",
                 }
             )
             if caption:
@@ -83,8 +83,8 @@ def write_project(splits: dict[str, int] | None = None) -> None:
                         "weight": 1.0,
                     }
                 )
-    write_dataset("scenes", root, rows, [], source="scenes")
-    write_table(Path("data/flism/scenes/pairs.parquet"), pairs, PAIRS)
+    write_dataset(name, root, rows, [], source="scenes")
+    write_table(Path("data/flism") / name / "pairs.parquet", pairs, PAIRS)
 
 
 def params(*overrides: str) -> Params:
@@ -107,4 +107,5 @@ def params(*overrides: str) -> Params:
         "finetune.log_every": 1,
         "finetune.save_every": 1,
     }
+    small |= {key.replace("finetune", "intermediate.training"): value for key, value in small.items() if "finetune" in key}
     return build(Params, compose([*(f"{key}={value}" for key, value in small.items()), *overrides]), "params.yaml")

@@ -11,7 +11,8 @@ import pytest
 from small_project import params, write_models, write_scenes
 
 from fast_goal.data.records import PAIRS, write_table
-from fast_goal.errors import DataError
+from fast_goal.errors import ConfigError, DataError
+from fast_goal.evaluation.features import FeatureStore
 from fast_goal.stages import evaluate
 
 
@@ -76,6 +77,59 @@ def test_metrics_have_every_part(evaluated):
     assert scenes["localisation"]["sentences"] == 24
     assert metrics["photos"]["localisation"]["boxes"] == "flism"
     assert metrics["photos"]["localisation"]["sentences"] == 6  # the best pair of each image
+
+
+def test_every_task_is_measured(evaluated):
+    folder, track = evaluated
+    metrics = json.loads((folder / "metrics.json").read_text())
+    tasks = params().evaluate.tasks
+    for name in ("scenes", "photos"):
+        assert set(metrics[name]) == {*tasks, "images", "independent", "seconds", "skipped"}
+        assert metrics[name]["skipped"] == {}
+    scenes = metrics["scenes"]
+    for task in ("sentence_average", "robustness", "shuffled", "dropped"):
+        for model in ("base", "finetuned"):
+            whole, changed = (scenes[name][model] for name in ("long", task))
+            falls = [whole[way]["R@1"] - changed[way]["R@1"] for way in ("text_to_image", "image_to_text")]
+            assert scenes[task]["drop"][model]["R@1"] == pytest.approx(sum(falls) / 2)
+    assert list(scenes["truncation"]) == ["77", "full"]
+    assert scenes["truncation"]["full"] == scenes["long"]
+    assert scenes["truncation"]["77"]["truncated"] == {"base": 4, "finetuned": 4}
+    assert scenes["sentences"]["captions"] == 36
+    assert (scenes["joint"]["regions"], scenes["joint"]["boxes"], metrics["photos"]["joint"]["boxes"]) == (12, "truth", "flism")
+    assert "scenes.robustness.drop.difference.R1.value" in track.numbers
+    assert "scenes.joint.finetuned.text_to_image.mAP10" in track.numbers
+    report = (folder / "report.md").read_text()
+    for title in ("Averaged sentences", "Truncated captions", "One false sentence", "Single sentences", "Shuffled sentences"):
+        assert report.count(f"### {title}\n") == 2
+
+
+def test_a_second_run_computes_nothing_and_finds_the_same(evaluated, monkeypatch):
+    folder, _ = evaluated
+    first = json.loads((folder / "metrics.json").read_text())
+    monkeypatch.chdir(folder.parents[1])
+    monkeypatch.setattr(FeatureStore, "_running", None)  # what it computes in
+    evaluate.main(params("evaluate.datasets=[scenes,photos]"), Recorder())
+    second = json.loads((folder / "metrics.json").read_text())
+    assert second["scenes"]["seconds"] == {"base": 0, "finetuned": 0}
+    for metrics in (first, second):
+        del metrics["seconds"], metrics["scenes"]["seconds"], metrics["photos"]["seconds"]
+    assert first == second
+
+
+def test_only_the_tasks_asked_for_are_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_scenes("photos", count=4)
+    write_models()
+    track = Recorder()
+    evaluate.main(params("evaluate.datasets=[photos]", "evaluate.tasks=[shuffled,short]", "evaluate.precision=bf16"), track)
+    found = json.loads(Path("models/reports/metrics.json").read_text())["photos"]
+    assert set(found) == {"short", "shuffled", "images", "independent", "seconds", "skipped"}
+    text = Path("models/reports/report.md").read_text()
+    assert "### Shuffled sentences" in text and "long captions" not in text.split("## How")[0].split("### Shuffled")[0]
+    assert "localisation" not in text.lower() and "bf16, compared in float32" in text
+    with pytest.raises(ConfigError, match=r"evaluate\.tasks\[0\] = 'zero_shot': expected one of 'long', 'short'"):
+        params("evaluate.tasks=[zero_shot]")
 
 
 def test_the_report_says_what_the_numbers_say(evaluated):

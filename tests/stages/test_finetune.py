@@ -1,3 +1,4 @@
+import csv
 import json
 from pathlib import Path
 
@@ -68,7 +69,10 @@ def test_writes_a_model_that_open_clip_loads(monkeypatch):
     assert all(0 <= record[f"val_{way}_R@1"] <= 100 for record in measured for way in ("text_to_image", "image_to_text"))
     assert [step for step, _ in track.curve] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
     assert track.numbers["final_loss"] == metrics["final"]["loss"] and track.inputs == ["scenes"]
-    assert track.artifacts == ["history.jsonl", "metrics.json"]
+    assert track.artifacts == ["history.jsonl", "history.csv", "metrics.json"]
+    rows = list(csv.DictReader(Path("models/finetune/history.csv").read_text().splitlines()))
+    assert [int(row["step"]) for row in rows] == [record["step"] for record in history()]
+    assert [row["loss"] == "" for row in rows] == ["loss" not in record for record in history()]
 
 
 @pytest.mark.parametrize("view", ["squash", "pad"])

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 
 from fast_goal.config import Params, ScratchConfig, build
 from fast_goal.configure import compose
-from fast_goal.data.records import PAIRS, REGIONS, SKIPPED, read_table, write_dataset
+from fast_goal.data.records import PAIRS, REGIONS, SKIPPED, load_dataset, read_table, write_dataset
 from fast_goal.errors import ModelError
 from fast_goal.files import write_json
 from fast_goal.stages import flism
@@ -74,6 +75,24 @@ def test_the_step_writes_its_outputs(project):
     assert track.files == ["data/flism/scenes/pairs.png"]
     assert track.numbers["share_by_kind.detector"] == 0
     assert track.numbers["pairs"] == 3
+
+
+def test_the_data_set_of_a_first_stage_is_matched_too(project):
+    folder = project / "data/datasets/others"
+    shutil.copytree(project / "data/datasets/scenes", folder)
+    records = load_dataset("scenes").records
+    write_dataset("others", folder, records[records["image_id"].isin(["1", "3"])], [], source="scenes")
+    values = compose(["flism.splits=[train,val]", "intermediate=before", "intermediate.dataset=others"])
+    track = Tracker()
+    flism.main(build(Params, values, "params.yaml"), track)
+    assert list(read_table(project / "data/flism/scenes/pairs.parquet", PAIRS)["image_id"]) == ["1", "3"]
+    assert list(read_table(project / "data/flism/others/pairs.parquet", PAIRS)["image_id"]) == ["1", "3"]
+    metrics = json.loads((project / "data/flism/metrics.json").read_text())
+    assert list(metrics) == ["scenes", "others", "seconds"] and metrics["others"]["skipped"] == 0
+    assert track.inputs == [("scenes", ""), ("others", "")]
+    assert track.files == ["data/flism/scenes/pairs.png", "data/flism/others/pairs.png"]
+    assert (track.numbers["pairs"], track.numbers["skipped"]) == (2, 1)
+    assert (track.numbers["others.pairs"], track.numbers["others.skipped"]) == (2, 0)
 
 
 def test_a_second_run_reads_the_cache_and_gives_the_same_files(project):

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -189,6 +190,39 @@ def test_another_data_set_is_checked_against_the_training_images(project, params
     write_dataset("others", "data/datasets/others", pd.DataFrame(rows), [], source="folder")
     with pytest.raises(ValidationError, match=r"others_records, no_test_image_in_training"):
         validate.main(params, Recorder())
+
+
+def test_the_data_set_of_a_first_stage_is_a_training_set_too(project, params):
+    first = dataclasses.replace(params.intermediate, dataset="others")
+    both = {**params.download.datasets, "others": {}}
+    download = dataclasses.replace(params.download, datasets=both)
+    params = dataclasses.replace(params, download=download, intermediate=first)
+    rows = make_dataset("others", ["train", "train"], brightness=50)
+    with pytest.raises(DataError, match=r"data/flism/others/regions.parquet.*flism"):
+        validate.main(params, Recorder())
+    shutil.copytree("data/flism/photos", "data/flism/others")
+    for name, schema in (("regions", REGIONS), ("pairs", PAIRS)):
+        table = read_table(f"data/flism/others/{name}.parquet", schema)
+        write_table(f"data/flism/others/{name}.parquet", table[table["image_id"].isin(["0", "1"])], schema)
+    track = Recorder()
+    validate.main(params, track)
+    summary = json.loads((project / "data/validation/summary.json").read_text())
+    assert summary["datasets"]["others"] == {"images": 2, "regions": 2, "pairs": 2, "skipped": 0}
+    assert track.inputs == ["photos", "others"]
+    checked = {(outcome["suite"], outcome["expectation"]) for outcome in summary["outcomes"]}
+    assert {"others_pairs", "photos_pairs"} <= {suite for suite, _ in checked}
+    # the counts are those of the last stage's data set
+    assert ("photos_records", "count_train") in checked and ("others_records", "count_train") not in checked
+    # a training image of both is no leak, one that is held out from the last stage is
+    hashes = load_dataset("photos").records["content_hash"]
+    for leaked in (0, 3):
+        rows[1]["content_hash"] = hashes[leaked]
+        write_dataset("others", "data/datasets/others", pd.DataFrame(rows), [], source="folder")
+        if leaked == 0:
+            validate.main(params, Recorder())
+    with pytest.raises(ValidationError, match=r"photos_records, no_test_image_in_training") as caught:
+        validate.main(params, Recorder())
+    assert "image '1' of split train of others (row 1)" in str(caught.value)
 
 
 def test_without_flism_the_error_names_the_table_and_the_step(project, params):

@@ -26,6 +26,7 @@ def project(tmp_path, monkeypatch, empty_store):
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FAST_GOAL_PIPELINE_ID", "one")
+    monkeypatch.setenv("FAST_GOAL_SYSTEM_METRICS", "0")  # they would come between, or not, as the machine is slow
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     return tmp_path

@@ -1,3 +1,5 @@
+from fast_goal.config import Params, build
+from fast_goal.configure import compose
 from fast_goal.tracking.model_card import comparisons, metrics_table, model_card
 
 INTERVAL = {"value": 2.0, "low": 1.0, "high": 3.0}
@@ -40,6 +42,22 @@ def test_table():
     assert metrics_table({}) == "No metrics compare the two models."
 
 
+def test_of_the_other_tasks_the_table_has_what_they_come_down_to():
+    block = METRICS["scenes"]["long"]
+    drop = {"base": {"R@1": 9.0}, "finetuned": {"R@1": 7.0}, "difference": {"R@1": INTERVAL}}
+    joint = {part: {"text_to_image": {"mAP@10": 5.0}} for part in ("base", "finetuned")}
+    more = {
+        "robustness": {**block, "drop": drop, "slices_by_objects": block["slices"]},
+        "truncation": {"77": block},
+        "joint": {**joint, "difference": {"text_to_image": {"mAP@10": INTERVAL}}},
+    }
+    lines = metrics_table({"scenes": {**METRICS["scenes"], **more}}).splitlines()
+    assert [line.split(" |")[0] for line in lines[5:]] == [
+        "| scenes · robustness · drop · R@1",
+        "| scenes · joint · text → image · mAP@10",
+    ]
+
+
 def test_card_says_what_matters(params):
     info = {"name": "scenes", "source": "scenes", "images": 30, "splits": {"train": 20, "val": 0, "test": 10}, "digest": "abc"}
     card = model_card(params, [info], METRICS, {"git_commit": "1234567"})
@@ -54,3 +72,12 @@ def test_card_says_what_matters(params):
         "## Licence",
     ):
         assert text in card
+
+
+def test_card_names_a_first_stage():
+    values = compose(["experiment=demo_two_stages", "intermediate.training.epochs=3"])
+    info = {"name": "earlier_scenes", "source": "scenes", "images": 20, "splits": {"train": 20}, "digest": "def"}
+    card = model_card(build(Params, values, "params.yaml"), [info], METRICS, {})
+    first, then = card.index("first on `earlier_scenes` with the objective `fast_goal`"), card.index("; then on `scenes` with")
+    assert first < card.index("for 3 epochs") < then < card.index("for 5 epochs")
+    assert "`earlier_scenes` (training; source `scenes`)" in card

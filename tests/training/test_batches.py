@@ -2,19 +2,26 @@ import dataclasses
 import logging
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from PIL import Image
 
+import fast_goal
+from fast_goal.config import FinetuneConfig, build
 from fast_goal.data import images as images_module
 from fast_goal.data.captions import tokenize
-from fast_goal.data.images import View
-from fast_goal.errors import DataError, FastGoalError
-from fast_goal.training import batches as batches_module
-from fast_goal.training.batches import EpochBatches, Loader, PairDataset, spread
+from fast_goal.data.images import View, normalised
+from fast_goal.errors import ConfigError, DataError, FastGoalError
+from fast_goal.training import views as views_module
+from fast_goal.training.batches import Loader, PairDataset, pair_dataset
+from fast_goal.training.distributed import Group
+from fast_goal.training.order import EpochBatches, spread
 
 
 def same(a, b) -> bool:
@@ -28,16 +35,17 @@ def test_batch_holds_what_the_tables_say(make_scenes, tiny_clip):
     clip = tiny_clip()
     samples = PairDataset(dataset, "train", pairs, clip)
     batch = samples[[5, 0, 3]]
-    assert batch.images.shape == (6, 3, 32, 32)
+    assert batch.images.shape == (6, 3, 32, 32) and batch.images.dtype == torch.uint8
+    images = normalised(batch.images, clip.mean, clip.std)
     assert batch.local_rows.tolist() == [0, 1, 2]
     for row, index in enumerate([5, 0, 3]):
         record, pair = dataset.split("train").iloc[index], pairs.iloc[index]
         with Image.open(dataset.path(record.image_path)) as image:
             view = View(image.width, image.height, 32)
-            assert torch.equal(batch.images[row], view.apply(image))
+            assert torch.equal(images[row], view.apply(image))
             # the crop's edges are whole pixels, except the lower one: 25.5 is rounded outwards
             part = image.crop((int(pair.x1), 5, int(pair.x2), 26))
-            assert torch.equal(batch.images[3 + row], View(part.width, part.height, 32).apply(part))
+            assert torch.equal(images[3 + row], View(part.width, part.height, 32).apply(part))
         assert batch.boxes[row].tolist() == pytest.approx(view.box((pair.x1, pair.y1, pair.x2, pair.y2)), abs=1e-5)
         first, last = batch.spans[row].tolist()
         # the sentence's own tokens, without start and end, are those of its span
@@ -46,15 +54,44 @@ def test_batch_holds_what_the_tables_say(make_scenes, tiny_clip):
         assert batch.sentence_tokens[row, : int(lengths[0])].tolist() == alone[0, : int(lengths[0])].tolist()
 
 
+def settings(**changes):
+    path = Path(fast_goal.__file__).parent / "conf/finetune/default.yaml"
+    return build(FinetuneConfig, yaml.safe_load(path.read_text()) | changes, "finetune")
+
+
+def test_the_settings_reach_the_samples(make_scenes, tiny_clip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dataset, pairs = make_scenes()
+    second = pairs.assign(rank=2, x1=0.0, weight=0.5)
+    pairs = pd.concat([pairs.assign(weight=0.5), second])
+    needs = SimpleNamespace(needs_local=True, alignment="goal")
+    cpu = torch.device("cpu")
+
+    def made(objective=needs, **changes):
+        return pair_dataset(dataset, "train", pairs, tiny_clip(), objective, settings(**changes), Group(1, 2), cpu)
+
+    batch = made()[[4, 2, 1, 0]]
+    assert len(batch) == 2 and batch.rank_pairs == (2, 2)
+    assert same(batch, PairDataset(dataset, "train", pairs, tiny_clip(), alignment="goal", group=Group(1, 2))[[4, 2, 1, 0]])
+    assert same(made(pixel_cache=True)[[4, 2, 1, 0]], batch) and len(list(Path(".fast_goal/pixels").glob("*.views"))) == 2
+    assert made(pairs="all")[[4, 2, 1, 0]].rank_pairs == (4, 4)
+    assert made(SimpleNamespace(needs_local=False, alignment="exact")).counts.keys().isdisjoint({"pairs"})
+    assert made(scaled_decoding=True).views.scaled and not made().views.scaled
+    with pytest.raises(ConfigError, match=r"finetune\.decode = 'gpu' needs a CUDA device"):
+        made(decode="gpu")
+    with pytest.raises(DataError, match=r"no \.tar file below elsewhere"):
+        made(shards="elsewhere")
+
+
 def test_each_image_is_decoded_once(make_scenes, tiny_clip, monkeypatch):
     dataset, pairs = make_scenes()
     opened = []
 
-    def counting(path):
+    def counting(path, *arguments):
         opened.append(path.name)
-        return images_module.open_image(path)
+        return images_module.open_image(path, *arguments)
 
-    monkeypatch.setattr(batches_module, "open_image", counting)
+    monkeypatch.setattr(views_module, "open_image", counting)
     PairDataset(dataset, "train", pairs, tiny_clip())[[1, 2, 7]]
     assert opened == ["1.png", "2.png", "7.png"]
 
@@ -82,9 +119,8 @@ def test_samples_without_a_pair_are_global_only(make_scenes, tiny_clip, caplog):
     assert [len(nobody.local_rows), len(nobody.boxes), len(nobody.spans), len(nobody.sentence_tokens)] == [0, 0, 0, 0]
 
 
-def test_no_crops_where_the_objective_has_no_local_term(make_scenes, tiny_clip, monkeypatch):
+def test_no_crops_where_the_objective_has_no_local_term(make_scenes, tiny_clip):
     dataset, pairs = make_scenes()
-    monkeypatch.setattr(batches_module, "crop", lambda *_: pytest.fail("a crop was made"))
     for table in (pairs, None):
         batch = PairDataset(dataset, "train", table, tiny_clip(), local=False)[[0, 1]]
         assert len(batch.images) == 2 and len(batch.local_rows) == 0
@@ -197,7 +233,7 @@ def test_view_mode_reaches_images_and_boxes(make_scenes, tiny_clip):
     squashed = PairDataset(dataset, "train", pairs, clip)[[0]]
     with Image.open(dataset.path("images/0.png")) as image:
         view = View(60, 40, 32, mode="squash")
-        assert torch.equal(squashed.images[0], view.apply(image))
+        assert torch.equal(normalised(squashed.images[0], clip.mean, clip.std), view.apply(image))
     assert squashed.boxes[0].tolist() == pytest.approx(view.box((8, 5, 30, 25.5)), abs=1e-5)
 
 

@@ -1,29 +1,30 @@
-"""The training step against a slow formulation of the method, and trainings that are cut off and continued."""
+"""The training loop: what it reports, and trainings that are cut off and continued."""
 
 import copy
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import replace
 
-import pandas as pd
 import pytest
 import torch
-from PIL import Image
 
 from fast_goal.config import FinetuneConfig
-from fast_goal.data.captions import split_sentences, tokenize
-from fast_goal.data.images import View
 from fast_goal.errors import ConfigError, FastGoalError
 from fast_goal.model.clip import Clip
 from fast_goal.objectives import make_objective
 from fast_goal.training import loop as loop_module
-from fast_goal.training.batches import PairDataset
+from fast_goal.training.average import Average
+from fast_goal.training.batches import Loader, PairDataset
 from fast_goal.training.best import Best
+from fast_goal.training.checkpoint import states
 from fast_goal.training.loop import autocast_dtype, finetune
+from fast_goal.training.recorder import Recorder
 from fast_goal.training.schedule import make_optimizer
 from fast_goal.training.step import TrainStep, batch_features
 
@@ -64,137 +65,16 @@ CONFIG = FinetuneConfig(
 )
 
 
-def fast_goal(weights=WEIGHTS):
+def fast_goal(weights=WEIGHTS, in_image_negatives=None):
     return make_objective(
-        {"name": "fast_goal", "weights": weights, "target_matrix": "diagonal", "in_image_negatives": None, "alignment": "exact"}
+        {
+            "name": "fast_goal",
+            "weights": weights,
+            "target_matrix": "diagonal",
+            "in_image_negatives": in_image_negatives,
+            "alignment": "exact",
+        }
     )
-
-
-def unit(vector):
-    return vector / vector.square().sum().sqrt()
-
-
-def tower_tokens(tower, run):
-    """What leaves the last block of a tower while `run` runs."""
-    caught = []
-    hook = tower.resblocks[-1].register_forward_hook(lambda module, inputs, output: caught.append(output))
-    run()
-    hook.remove()
-    return caught[0]
-
-
-def reference(clip, dataset, pairs, indices):
-    """The terms of METHOD section 3, one sample at a time, every input encoded again for each use, nothing trimmed."""
-    model, size, patch = clip.model, clip.image_size, clip.patch_size
-    records, grid = dataset.split("train"), clip.image_size // clip.patch_size
-    images, texts, crops, sentences, regions, spans = [], [], [], [], [], []
-    owners, weights = [], []
-
-    def encode_image(pixels):
-        return unit(model.encode_image(pixels[None])[0])
-
-    def encode_text(text):
-        return unit(model.encode_text(tokenize([text], clip.context_length)[0])[0])
-
-    for index in indices:
-        record = records.iloc[index]
-        with Image.open(dataset.path(record.image_path)) as image:
-            view = View(image.width, image.height, size)
-            pixels = view.apply(image)
-            images.append(encode_image(pixels))
-            texts.append(encode_text(record.long_caption))
-            for pair in pairs[pairs.image_id == record.image_id].itertuples():
-                owners.append(index)
-                weights.append(pair.weight)
-                part = image.crop((int(pair.x1), int(pair.y1), int(-(-pair.x2 // 1)), int(-(-pair.y2 // 1))))
-                crops.append(encode_image(View(part.width, part.height, size).apply(part)))
-                sentences.append(encode_text(pair.sentence))
-                tokens = tower_tokens(model.visual.transformer, lambda pixels=pixels: model.encode_image(pixels[None]))
-                x1, y1, x2, y2 = view.box((pair.x1, pair.y1, pair.x2, pair.y2))
-                covered = []
-                for number in range(grid * grid):
-                    left, top = number % grid * patch, number // grid * patch
-                    if min(x2, left + patch) > max(x1, left) and min(y2, top + patch) > max(y1, top):
-                        covered.append(tokens[0, 1 + number])
-                mean = sum(covered) / len(covered) if covered else None
-                regions.append(None if mean is None else unit(model.visual.ln_post(mean) @ model.visual.proj))
-                row = tokenize([record.long_caption], clip.context_length)[0]
-                tokens = tower_tokens(model.transformer, lambda row=row: model.encode_text(row))
-                before = tokenize([record.long_caption[: pair.char_start]], 1000)[1].item() - 2
-                count = tokenize([pair.sentence], 1000)[1].item() - 2
-                seen = [tokens[0, at] for at in range(1 + before, 1 + before + count) if at < clip.context_length - 1]
-                spans.append(unit(model.ln_final(sum(seen) / len(seen)) @ model.text_projection) if seen else None)
-
-    def contrast(left, right, owners, weights):
-        total = 0.0
-        for own in range(len(left)):
-            others = [i for i in range(len(left)) if i == own or owners[i] != owners[own]]
-            for queries, candidates in ((left, right), (right, left)):
-                logits = {i: model.logit_scale.exp() * queries[own] @ candidates[i] for i in others}
-                total = total + weights[own] * (torch.logsumexp(torch.stack(list(logits.values())), 0) - logits[own])
-        return total / sum(weights) / 2
-
-    def tsl(pooled, targets):
-        seen = [(w, (1 - a @ b) ** 2) for w, a, b in zip(weights, pooled, targets, strict=True) if a is not None]
-        return sum(w * error for w, error in seen) / sum(w for w, _ in seen)
-
-    terms = {"global": contrast(images, texts, list(range(len(images))), [1.0] * len(images))}
-    if crops:
-        terms["local"] = contrast(crops, sentences, owners, weights)
-        terms["tsl_image"], terms["tsl_text"] = tsl(regions, crops), tsl(spans, sentences)
-    return terms | {"loss": sum(WEIGHTS[name] * value for name, value in terms.items())}
-
-
-CASES = ["all pairs", "some without a pair", "hidden box and sentence", "no pair at all", "several weighted pairs"]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_step_equals_the_slow_formulation(make_scenes, tiny_clip, case):
-    dataset, pairs = make_scenes()
-    indices, length = [7, 1, 4, 2], 40
-    if case == "some without a pair":
-        pairs = pairs[pairs.image_id.isin(["image1", "image2"])]
-    if case == "no pair at all":
-        pairs = pairs[pairs.image_id == "image11"]
-    if case == "hidden box and sentence":
-        pairs.loc[4, ["x1", "x2"]] = [0.0, 2.0]
-        first = "A noisy picture, this time with so many words that the next sentence lies beyond the context of the text."
-        caption = f"{first} {pairs.loc[2, 'sentence']}"
-        dataset.records.loc[dataset.records.image_id == "image2", "long_caption"] = caption
-        pairs.loc[2, ["char_start", "char_end"]] = [len(first) + 1, len(caption)]
-        length = 20
-    if case == "several weighted pairs":
-        second = pairs[pairs.image_id.isin(["image1", "image4"])].assign(rank=2, x1=0.0, y1=2.0, x2=34.0, weight=0.25)
-        for row in second.index:
-            caption = dataset.records.loc[dataset.records.image_id == second.loc[row, "image_id"], "long_caption"].iloc[0]
-            last = split_sentences(caption)[2]
-            second.loc[row, ["sentence", "char_start", "char_end"]] = [last.text, last.start, last.end]
-        pairs.loc[second.index, "weight"] = 0.75
-        pairs = pd.concat([pairs, second], ignore_index=True)
-    clip, slow = tiny_clip(length), tiny_clip(length)
-    expected = reference(slow, dataset, pairs, indices)
-    expected["loss"].backward()
-
-    batch = PairDataset(dataset, "train", pairs, clip, best=False)[indices]
-    if case == "several weighted pairs":
-        assert batch.local_rows.tolist() == [0, 1, 1, 2, 2, 3] and batch.local_weights.tolist() == [
-            1,
-            0.75,
-            0.25,
-            0.75,
-            0.25,
-            1,
-        ]
-    if case == "hidden box and sentence":
-        assert batch.boxes[2].tolist() == [0] * 4 and batch.spans[3].tolist() == [0, 0]
-    terms = fast_goal()(batch_features(clip, batch))
-    terms["loss"].backward()
-    for name, value in expected.items():
-        assert terms[name].item() == pytest.approx(value.item(), abs=1e-5), name
-    for (name, parameter), other in zip(clip.named_parameters(), slow.parameters(), strict=True):
-        torch.testing.assert_close(
-            parameter.grad, other.grad, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
-        )
 
 
 def test_every_input_is_encoded_once(make_scenes, tiny_clip, monkeypatch):
@@ -249,6 +129,18 @@ def test_training_reports_and_learns(make_scenes, tiny_clip, tmp_path):
     assert summary["steps"] == 24 and summary["precision"] == "fp32" and summary["counts"]["without_pair"] == 1
     assert summary["final"]["loss"] == curve[-1][1]["loss"] and summary["samples_per_second"] > 0
     assert not clip.training
+
+
+# all that a resumed training has to find again, at once
+FULL = {
+    "ema": 0.5,
+    "accumulate": 2,
+    "length_groups": True,
+    "keep_states": 3,
+    "layer_decay": 0.9,
+    "warmup_steps": 3,
+    "epochs": 4,
+}
 
 
 @pytest.mark.parametrize("killed_after", [2, 3, 4, 6])
@@ -306,15 +198,17 @@ SCRIPT = textwrap.dedent(
 )
 
 
-def test_killed_process_continues(make_scenes, tiny_clip, tmp_path):
+@pytest.mark.parametrize("settings", [{"epochs": 4}, FULL])
+def test_killed_process_continues(make_scenes, tiny_clip, tmp_path, settings):
     dataset, pairs = make_scenes()
-    config = replace(CONFIG, epochs=4, log_every=1, save_every=1)
+    config = replace(CONFIG, log_every=1, save_every=1, **settings)
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "job.pickle").write_bytes(pickle.dumps((dataset, pairs, tiny_clip(), fast_goal(), config)))
     command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), str(torch.get_num_threads())]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     while int(process.stdout.readline()) < 4:
         pass
+    time.sleep(random.random() * 0.3)  # anywhere in a step or a save: whatever the moment, the end must be the same
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -327,6 +221,71 @@ def test_killed_process_continues(make_scenes, tiny_clip, tmp_path):
     run(whole, dataset, pairs, tmp_path / "whole", config)
     for name, value in continued.state_dict().items():
         assert torch.equal(value, whole.state_dict()[name]), name
+    assert list(states(tmp_path / "state.pt")) == list(range(12, 12 - config.keep_states, -1))
+
+
+def test_a_damaged_state_costs_the_steps_since_the_one_before(make_scenes, tiny_clip, tmp_path, caplog):
+    dataset, pairs = make_scenes()
+    config, save = replace(CONFIG, save_every=1, **FULL), loop_module.save_state
+
+    def kill(*arguments):
+        save(*arguments)
+        if arguments[4]["step"] == 7:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(loop_module, "save_state", kill)
+        run(tiny_clip(), dataset, pairs, tmp_path, config)
+    newest = states(tmp_path / "state.pt")[7]
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    continued, whole = tiny_clip(seed=9), tiny_clip()
+    assert run(continued, dataset, pairs, tmp_path, config)["resumed_at_step"] == 6
+    assert "00000007.pt cannot be read" in caplog.text
+    (tmp_path / "whole").mkdir()
+    run(whole, dataset, pairs, tmp_path / "whole", config)
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in continued.state_dict().items())
+
+
+class Losses:
+    """An objective whose loss is given, step by step from 1."""
+
+    needs_local, alignment = False, "exact"
+
+    def __init__(self, *values):
+        self.values, self.step = values, 0
+
+    def __call__(self, features):
+        self.step += 1
+        return {"loss": 0 * features.image_global.sum() + 0 * features.text_global.sum() + self.values[self.step - 1]}
+
+
+def test_a_diverged_loss_stops_also_a_resumed_training(make_scenes, tiny_clip, tmp_path):
+    dataset, pairs = make_scenes()
+    config = replace(CONFIG, diverged=5.0, log_every=1, save_every=1, keep_states=9, epochs=9)
+    objective, steps, save = Losses(2.0, 1.0, 11.0, 12.0, 13.0), [], loop_module.save_state
+
+    def kill(*arguments):
+        save(*arguments)
+        if arguments[4]["step"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(loop_module, "save_state", kill)
+        run(tiny_clip(), dataset, pairs, tmp_path, config, objective)
+    more = {"on_step": lambda step, record: steps.append(step), "section": "intermediate.training"}
+    ids = Loader(PairDataset(dataset, "train", pairs, tiny_clip(), local=False), 4, seed=5).image_ids(4)
+    expected = rf"diverged: 13 at step 5.*intermediate\.training\.learning_rate.*Its batch: {', '.join(ids)}\."
+    with pytest.raises(FastGoalError, match=expected + r" The last good state is .*state\.00000002\.pt\."):
+        run(tiny_clip(), dataset, pairs, tmp_path, config, objective, **more)
+    assert steps == [1, 2, 3, 4, 5]  # what led there is recorded
+
+
+def test_weights_that_are_spoilt_are_not_kept(make_scenes, tiny_clip, tmp_path):
+    config = replace(CONFIG, log_every=1000, save_every=1, epochs=9, batch_size=2)
+    expected = r"not finite at step 3: .*The last good state is .*state\.00000002\.pt"
+    with pytest.raises(FastGoalError, match=expected):
+        run(tiny_clip(), *make_scenes(), tmp_path, config, Losses(2.0, 1.0, float("nan"), 1.0))
+    assert list(states(tmp_path / "state.pt")) == [2, 1]
 
 
 def test_batch_without_any_pair_trains_on(make_scenes, tiny_clip, tmp_path):
@@ -380,15 +339,36 @@ def test_gpu_without_bfloat16(monkeypatch):
     assert autocast_dtype("auto", gpu) is None
     with pytest.raises(ConfigError, match=r"finetune\.precision.*Old GPU"):
         autocast_dtype("bf16", gpu)
+    with pytest.raises(ConfigError, match=r"intermediate\.training\.precision.*Old GPU"):
+        autocast_dtype("bf16", gpu, "intermediate.training")
 
 
 @pytest.mark.gpu
 def test_gpu_trains_in_bfloat16_and_resumes(make_scenes, tiny_clip, tmp_path):
     dataset, pairs = make_scenes()
     gpu = torch.device("cuda")
-    summary = run(tiny_clip(), dataset, pairs, tmp_path, device=gpu)
+    records = []
+    summary = run(tiny_clip(), dataset, pairs, tmp_path, device=gpu, on_step=lambda step, record: records.append(record))
     assert summary["precision"] == "bf16" and summary["steps"] == 6
+    assert 0 < records[0]["gpu_peak_memory_gb"] <= summary["gpu_peak_memory_gb"] < 10
     assert run(tiny_clip(), dataset, pairs, tmp_path, device=gpu)["resumed_at_step"] == 6
+
+
+@pytest.mark.gpu
+def test_a_step_and_its_average_wait_for_no_gpu(make_scenes, tiny_clip):
+    (dataset, pairs), gpu = make_scenes(), torch.device("cuda")
+    clip = tiny_clip().to(gpu)
+    batch = PairDataset(dataset, "train", pairs, clip)[[0, 1, 2, 3]].to(gpu)
+    step = TrainStep(clip, fast_goal(), make_optimizer(clip.parameters(), 1e-3, 0.1), torch.bfloat16, 1.0, 100.0)
+    average, recorder = Average(clip, 0.5), Recorder("finetune")
+    step([batch])  # the first one allocates
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        recorder.add(1, 4, step([batch]))
+        average.update(2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert recorder.flush()["loss"] > 0
 
 
 def test_the_average_is_the_result_and_survives_a_kill(make_scenes, tiny_clip, tmp_path, monkeypatch):
@@ -483,6 +463,8 @@ def test_training_ends_early(make_scenes, tiny_clip, tmp_path):
 def test_a_best_epoch_that_nothing_measures_is_refused(make_scenes, tiny_clip, tmp_path, setting, value):
     with pytest.raises(ConfigError, match=rf"finetune\.{setting} = .* split `val`"):
         run(tiny_clip(), *make_scenes(), tmp_path, replace(CONFIG, **{setting: value}))
+    with pytest.raises(ConfigError, match=rf"intermediate\.training\.{setting} = "):
+        run(tiny_clip(), *make_scenes(), tmp_path, replace(CONFIG, **{setting: value}), section="intermediate.training")
 
 
 def test_an_epoch_without_a_number_is_never_the_best(tmp_path):
@@ -549,3 +531,6 @@ def test_lack_of_memory_says_what_to_set(make_scenes, tiny_clip, tmp_path, monke
     monkeypatch.setattr(TrainStep, "__call__", fails)
     with pytest.raises(FastGoalError, match=r"4 samples in 1 part.*finetune\.accumulate=2.*finetune\.checkpointing=true"):
         run(tiny_clip(), dataset, pairs, tmp_path)
+    with pytest.raises(FastGoalError, match=r"set intermediate\.training\.accumulate=2") as error:
+        run(tiny_clip(), dataset, pairs, tmp_path, section="intermediate.training")
+    assert "finetune." not in str(error.value)

@@ -79,7 +79,7 @@ def test_parts_without_a_share_in_the_loss(samples, tiny_clip, term):
     train_step(whole, batch, objective, torch.optim.SGD(whole.parameters(), 0.0))
     train_step(clip, batch.split(4), objective, torch.optim.SGD(clip.parameters(), 0.0))  # the first and last have no pair
     assert_close(gradients(clip), gradients(whole))
-    assert bool(clip.model.logit_scale.grad) == (term == "local")  # the others do not look at it
+    assert (clip.model.logit_scale.grad is None) == (term != "local")  # the others do not look at it
 
 
 def test_a_part_holds_the_features_of_its_samples(samples, tiny_clip):
@@ -150,9 +150,15 @@ def test_a_frozen_tower_stays_as_it_is(samples, tiny_clip, tower, parts):
             assert torch.equal(value, before[name]) == frozen, name
 
 
-def test_nothing_left_to_train_is_refused(tiny_clip):
+def test_nothing_left_to_train_is_refused(samples, tiny_clip):
     with pytest.raises(ConfigError, match=r"finetune\.freeze"):
         parameter_groups(tiny_clip(), freeze=["image", "text"])
+    with pytest.raises(ConfigError, match=r"intermediate\.training\.freeze"):
+        parameter_groups(tiny_clip(), freeze=["image", "text"], section="intermediate.training")
+    clip = tiny_clip()
+    optimizer = make_optimizer(parameter_groups(clip, freeze=["image"]), 0.01, 0.5)
+    with pytest.raises(ConfigError, match="`freeze`"):
+        train_step(clip, samples[[1, 2, 3]], fast_goal(**(dict.fromkeys(WEIGHTS, 0.0) | {"tsl_image": 1.0})), optimizer)
 
 
 def test_the_logit_scale_is_held(samples, tiny_clip):

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from fast_goal.data import captions
 
 SAME_CAPTION = 3  # images: two may be shots of one scene, a caption of three describes none of them
+CLIP_CONTEXT = 77  # tokens that CLIP was pre-trained on
 SENTENCE_SAMPLE = 200  # captions whose sentences are counted: the splitter takes 4 ms for each
 TOKENIZE_AT_ONCE = 1024
 COUNTED_AT_ONCE = 20_000  # captions; some 100 MB
@@ -50,12 +51,18 @@ SENTENCE_END = r"[.!?…。！？][\"'”’»)\]*]*\s*$"
 @dataclass(frozen=True)
 class CaptionLengths:
     """Lengths of the long captions. tokens: BPE ids with both ends, untruncated, and sentences: each of a sample of the
-    captions; `rows` [captions in `tokens`] are their rows in the records."""
+    captions; `rows` [captions in `tokens`] are their rows in the records. contexts: the text contexts to compare `tokens`
+    with, ascending: CLIP's own, and that of the model to be trained where it is known and another one."""
 
     words: np.ndarray
     tokens: np.ndarray
     sentences: np.ndarray
     rows: np.ndarray
+    contexts: tuple[int, ...] = (CLIP_CONTEXT,)
+
+    def beyond(self) -> str:
+        """The share of the captions that each context cuts off, in words."""
+        return "; ".join(f"{np.mean(self.tokens > length):.1%} have more than {length} tokens" for length in self.contexts)
 
 
 def texts_of(records: pd.DataFrame) -> pa.Array:
@@ -89,16 +96,18 @@ def sample_rows(count: int, size: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(count, size, replace=False))
 
 
-def caption_lengths(records: pd.DataFrame, sample: int, seed: int, words: np.ndarray | None = None) -> CaptionLengths:
+def caption_lengths(
+    records: pd.DataFrame, sample: int, seed: int, words: np.ndarray | None = None, context_length: int | None = None
+) -> CaptionLengths:
     """Measures the long captions that are not empty; the tokens on a random sample of `sample`. `words`: of each caption,
-    where they were counted already."""
+    where they were counted already. context_length: of the model to be trained, None where it is not known."""
     texts = texts_of(records)
     words = count_words(texts) if words is None else words
     filled = np.flatnonzero(words)
     rows = filled[sample_rows(len(filled), sample, seed)]
     chosen = texts.take(pa.array(rows)).to_pylist()
     tokens = [
-        np.asarray(captions.tokenize(chosen[first : first + TOKENIZE_AT_ONCE], 77)[1])
+        np.asarray(captions.tokenize(chosen[first : first + TOKENIZE_AT_ONCE], CLIP_CONTEXT)[1])
         for first in range(0, len(chosen), TOKENIZE_AT_ONCE)
     ]
     split = sample_rows(len(chosen), SENTENCE_SAMPLE, seed)
@@ -107,6 +116,7 @@ def caption_lengths(records: pd.DataFrame, sample: int, seed: int, words: np.nda
         tokens=np.concatenate(tokens) if tokens else np.zeros(0, dtype=int),
         sentences=np.array([len(captions.split_sentences(chosen[index])) for index in split], dtype=int),
         rows=rows,
+        contexts=tuple(sorted({CLIP_CONTEXT, context_length or CLIP_CONTEXT})),
     )
 
 

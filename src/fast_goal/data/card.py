@@ -13,7 +13,6 @@ import pandas as pd
 
 from fast_goal.data import card_pictures
 from fast_goal.data.caption_checks import CaptionLengths
-from fast_goal.data.card_pictures import CONTEXTS
 from fast_goal.data.quality import Subject
 from fast_goal.data.records import SPLITS
 from fast_goal.data.validation import Findings
@@ -61,7 +60,7 @@ def draw(found: Findings, folder: Path, seed: int) -> dict[str, str]:
         drawn["boxes"] = True
     if found.near is not None and len(found.near):
         path = folder / names["near_duplicates"]
-        drawn["near_duplicates"] = card_pictures.draw_near_duplicates(subject.dataset, found.near, found.near_origin, path)
+        drawn["near_duplicates"] = card_pictures.draw_near_duplicates(subject.dataset, found.near, found.near_origins, path)
     return {word: names[word] for word in PICTURES if drawn[word]}
 
 
@@ -131,8 +130,7 @@ def _captions(lengths: CaptionLengths) -> str:
     if len(lengths.words) == 0:
         return "None."
     rows = [[unit, *_quantiles(getattr(lengths, unit))] for unit in ("words", "sentences", "tokens")]
-    beyond = "; ".join(f"{np.mean(lengths.tokens > context):.1%} have more than {context} tokens" for context in CONTEXTS)
-    counted = f"Of {len(lengths.tokens):,} captions {beyond}."
+    counted = f"Of {len(lengths.tokens):,} captions {lengths.beyond()}."
     sampled = "" if len(lengths.sentences) == len(lengths.words) else f" Sentences: of {len(lengths.sentences):,} captions."
     return f"{_table(['per caption', *_QUANTILE_NAMES], rows)}\n\n{counted}{sampled}"
 

@@ -8,7 +8,7 @@ Letters: P pairs, G cells of the grid along a side.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from fast_goal.errors import DataError
 from fast_goal.files import atomic_path
 
 BLUE, RED, GREEN, GREY = "#4477aa", "#cc6677", "#117733", "#555555"
-CONTEXTS = (77, 248)  # CLIP's own text context and the stretched one
 GRID = 64
 EXAMPLES = 4
 CLOSEST = 8  # near-duplicates shown
@@ -32,16 +31,16 @@ LONGEST = 14  # lines of a caption
 
 
 def draw_lengths(lengths: CaptionLengths, name: str, path: Path) -> None:
-    """The histograms of the long captions' lengths in words and in tokens, with the two contexts."""
+    """The histograms of the long captions' lengths in words and in tokens, with the text contexts."""
     figure = _figure(10, 3.4)
     words, tokens = figure.subplots(1, 2)
     words.hist(lengths.words, bins=_bins(int(lengths.words.max())), color=BLUE)
     mean = float(lengths.words.mean())
     words.axvline(mean, color=RED, linestyle="--", label=f"mean {mean:.0f}")
     words.set(title=f"words of {len(lengths.words):,} captions", xlabel="words", ylabel="captions")
-    longest = max(int(lengths.tokens.max()), CONTEXTS[0])
+    longest = max(int(lengths.tokens.max()), lengths.contexts[0])
     tokens.hist(lengths.tokens, bins=_bins(longest), color=BLUE)
-    for context, colour, line in zip(CONTEXTS, (RED, GREEN), ("--", "-."), strict=True):
+    for context, colour, line in zip(lengths.contexts, (RED, GREEN), ("--", "-."), strict=False):
         if context <= longest:
             share = np.mean(lengths.tokens > context)
             tokens.axvline(context, color=colour, linestyle=line, label=f"{share:.1%} are longer than {context}")
@@ -127,13 +126,13 @@ def draw_examples(subject: Subject, seed: int, path: Path) -> bool:
     return True
 
 
-def draw_near_duplicates(dataset: Dataset, near: pd.DataFrame, origin: Dataset, path: Path) -> bool:
+def draw_near_duplicates(dataset: Dataset, near: pd.DataFrame, origins: Mapping[str, Dataset], path: Path) -> bool:
     """The closest near-duplicates side by side, those across splits first. False where none can be read."""
     near = near.assign(across=near["where"] == "training", pair=_unordered(near))
     near = near.sort_values(["across", "distance", "row"], ascending=[False, True, True]).drop_duplicates(["where", "pair"])
     shown = []
     for link in near.head(3 * CLOSEST).itertuples():
-        other = origin if link.across else dataset
+        other = origins[link.origin] if link.across else dataset
         try:
             images = [
                 _thumbnail(data, data.records["image_path"].iloc[row], 240)

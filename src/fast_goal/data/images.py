@@ -6,7 +6,6 @@ Letters: R boxes, S side of the model's input. Boxes are xyxy, x2 and y2 exclusi
 from __future__ import annotations
 
 import io
-import math
 import os
 import struct
 import zlib
@@ -91,11 +90,29 @@ def image_size(path: Path | str) -> tuple[int, int]:
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
+def plain_jpeg(path: Path | str, content: bytes) -> tuple[int, int] | None:
+    """(width, height) of a JPEG that any decoder takes for the same picture: grey or YCbCr, upright and complete; else None.
+    Read from the header and the mark of the end alone. Raises DataError as `image_size` does."""
+    with _opened(path, content) as image:
+        # of other colour spaces (CMYK, and RGB that is no YCbCr) each decoder has its own idea
+        plain = image.format == "JPEG" and image.mode in ("L", "RGB") and image.info.get("adobe_transform", 1) == 1
+        complete = content.rstrip(b"\0").endswith(b"\xff\xd9")
+        return image.size if plain and complete and _orientation(image) == 1 else None
+
+
 def crop(image: Image.Image, xyxy: tuple[float, float, float, float]) -> Image.Image:
-    """The pixels that the box touches: rounded outwards, clipped to the image, at least one pixel."""
-    x1, x2 = _outwards(xyxy[0], xyxy[2], image.width)
-    y1, y2 = _outwards(xyxy[1], xyxy[3], image.height)
-    return image.crop((x1, y1, x2, y2))
+    """The pixels that the box touches, see `touched`."""
+    return image.crop(touched(np.asarray(xyxy), image.width, image.height)[0].tolist())
+
+
+def touched(boxes: np.ndarray, width: int | np.ndarray, height: int | np.ndarray) -> np.ndarray:
+    """The pixels that boxes [R, 4] touch, int64 [R, 4]: rounded outwards, clipped to the image, at least one pixel.
+    width, height: of the one image, or [R] of the image of each box."""
+    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    sides = np.stack(np.broadcast_arrays(width, height), axis=-1)
+    first = np.clip(np.floor(boxes[:, :2]), 0, sides - 1)
+    last = np.maximum(np.minimum(np.ceil(boxes[:, 2:]), sides), first + 1)
+    return np.concatenate([first, last], axis=1).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -157,18 +174,27 @@ class View:
         x1, y1, x2, y2 = self.boxes(np.asarray(xyxy))[0].tolist()
         return x1, y1, x2, y2
 
-    def pixels(self, image: Image.Image) -> Image.Image:
-        """The view as an RGB picture of S x S pixels, bicubic. Raises ValueError for an image of another size."""
-        if image.size != (self.width, self.height):
+    @property
+    def strip(self) -> bool:
+        """Whether the sides differ so much that only the visible part is resized."""
+        return self.mode == "crop" and max(self.resized) > _STRIP * self.size
+
+    def pixels(self, image: Image.Image, part: tuple[float, float, float, float] | None = None) -> Image.Image:
+        """The view as an RGB picture of S x S pixels, bicubic. Raises ValueError for an image of another size.
+
+        `part`: which part of `image`, in its pixels, is the original, where it was decoded at a smaller scale.
+        """
+        if part is None and image.size != (self.width, self.height):
             raise ValueError(f"the view is of an image of {self.width} x {self.height} pixels, not {image.size}")
+        x1, y1, x2, y2 = part or (0, 0, *image.size)
         image = image.convert("RGB")
         resized, (left, top) = self.resized, self.offset
         window = (left, top, left + self.size, top + self.size)
-        if self.mode == "crop" and max(resized) > _STRIP * self.size:
-            across, down = self.width / resized[0], self.height / resized[1]
-            source = (left * across, top * down, window[2] * across, window[3] * down)
+        if self.strip:
+            across, down = (x2 - x1) / resized[0], (y2 - y1) / resized[1]
+            source = (x1 + left * across, y1 + top * down, x1 + window[2] * across, y1 + window[3] * down)
             return image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=source)
-        image = image.resize(resized, Image.Resampling.BICUBIC)
+        image = image.resize(resized, Image.Resampling.BICUBIC, box=(x1, y1, x2, y2))
         return image if image.size == (self.size, self.size) else image.crop(window)
 
     def apply(self, image: Image.Image) -> torch.Tensor:
@@ -179,9 +205,19 @@ class View:
         import torch
 
         pixels = torch.from_numpy(np.array(self.pixels(image))).permute(2, 0, 1).contiguous()  # uint8 [3, S, S]
-        mean = torch.tensor(self.mean, dtype=torch.float32).view(3, 1, 1)
-        std = torch.tensor(self.std, dtype=torch.float32).view(3, 1, 1)
-        return pixels.to(torch.float32).div(255).sub_(mean).div_(std)
+        return normalised(pixels, self.mean, self.std)
+
+
+def normalised(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """uint8 [..., 3, S, S] -> float32 of the same shape and device, normalised by `mean` and `std` of the channels."""
+    import torch
+
+    # filled where they are needed: to copy them there would wait for the device
+    centre, spread = (
+        torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=pixels.device) for value in values])
+        for values in (mean, std)
+    )
+    return pixels.to(torch.float32).div_(255).sub_(centre).div_(spread)
 
 
 def _opened(path: Path | str, content: bytes | None = None) -> ImageFile.ImageFile:
@@ -226,11 +262,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         background.alpha_composite(image)
         image = background
     return image.convert("RGB")
-
-
-def _outwards(low: float, high: float, limit: int) -> tuple[int, int]:
-    first = min(max(math.floor(low), 0), limit - 1)
-    return first, max(min(math.ceil(high), limit), first + 1)
 
 
 def _reason(error: BaseException) -> str:

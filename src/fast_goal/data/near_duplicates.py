@@ -56,12 +56,13 @@ def close_pairs(hashes: np.ndarray, bits: int) -> Iterator[tuple[np.ndarray, np.
             yield one[near], other[near], distance[near]
 
 
-def near_duplicates(dataset: Dataset, training: Dataset, bits: int) -> pd.DataFrame:
-    """The nearest near-duplicates of each image that has any. `bits`: how many may differ.
+def near_duplicates(dataset: Dataset, training: Dataset, bits: int, learned: bool | None = None) -> pd.DataFrame:
+    """The nearest near-duplicates of each image that has any. `bits`: how many may differ. `learned`: whether the data set is
+    itself trained on; None: where it is `training`.
 
     Columns: `row` (of the records), `where` (`training`: a held-out image, near a training image of `training`; `split`:
     near another image of its own split), `other` (the row of the nearest, in `training` or in the data set itself) and
-    `distance` (bits). Held out is a test or validation image; of another data set than `training` every image.
+    `distance` (bits). Held out is a test or validation image; of a data set that is not trained on every image.
 
     Raises ValueError for a data set without hashes.
     """
@@ -72,7 +73,8 @@ def near_duplicates(dataset: Dataset, training: Dataset, bits: int) -> pd.DataFr
     same = dataset.name == training.name
     seen = own if same else hash_numbers(training)
     trained = np.isin((dataset if same else training).records["split"].to_numpy()[seen.index], TRAINING_SPLITS)
-    held_out = ~np.isin(splits, TRAINING_SPLITS) if same else np.ones(len(own), dtype=bool)
+    learned = same if learned is None else learned
+    held_out = ~np.isin(splits, TRAINING_SPLITS) if learned else np.ones(len(own), dtype=bool)
 
     distinct, codes = np.unique(np.concatenate([own.to_numpy(), seen.to_numpy()[trained]]), return_inverse=True)
     own_codes, seen_codes = codes[: len(own)], codes[len(own) :]

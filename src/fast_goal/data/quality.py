@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -194,8 +194,10 @@ def facts_table(dataset: Dataset, words: np.ndarray) -> pd.DataFrame:
     return table
 
 
-def records_table(subject: Subject, images: pd.DataFrame, training: Dataset, words: np.ndarray | None = None) -> pd.DataFrame:
-    """The records with their problems; `images` comes from `inspect_images`, `training` is the training data set, `words`
+def records_table(
+    subject: Subject, images: pd.DataFrame, trained_on: Sequence[Dataset], words: np.ndarray | None = None
+) -> pd.DataFrame:
+    """The records with their problems; `images` comes from `inspect_images`, `trained_on` are the training data sets, `words`
     counts those of each long caption, where that was done already.
 
     Ids are compared with the training images only within one data set: two data sets may both number from 1. The
@@ -211,13 +213,12 @@ def records_table(subject: Subject, images: pd.DataFrame, training: Dataset, wor
     table["no_long_caption"] = _text(needs_long & (words == 0), "the long caption is empty")
     table["long_words"] = np.where(words > 0, words, np.nan)
 
-    own = subject.dataset.name == training.name
+    own = [data for data in trained_on if data.name == subject.name]
     held_out = (records["split"] == "test").to_numpy() | (not own)
-    seen = training.records[training.records["split"].isin(TRAINING_SPLITS)]
-    table["id_in_training"] = _leaks(records, seen, "image_id", held_out & own, training.name)
-    table["bytes_in_training"] = _leaks(records, seen, "content_hash", held_out, training.name)
-    validation = (records["split"] == "val").to_numpy() & own
-    table["validation_in_training"] = _leaks(records, seen, "content_hash", validation, training.name)
+    validation = (records["split"] == "val").to_numpy() & bool(own)
+    table["id_in_training"] = _leaks(records, own, "image_id", held_out)
+    table["bytes_in_training"] = _leaks(records, trained_on, "content_hash", held_out)
+    table["validation_in_training"] = _leaks(records, trained_on, "content_hash", validation)
 
     asked = records["split"].isin(subject.flism_splits).to_numpy()
     if subject.regions is not None and subject.pairs is not None:
@@ -304,18 +305,21 @@ def _not_the_region(pairs: pd.DataFrame, regions: pd.DataFrame) -> pd.Series:
     return _describe(absent | moved | other_kind, problem)
 
 
-def _leaks(records: pd.DataFrame, seen: pd.DataFrame, key: str, asked: np.ndarray, origin: str) -> pd.Series:
+def _leaks(records: pd.DataFrame, trained_on: Sequence[Dataset], key: str, asked: np.ndarray) -> pd.Series:
     """For the rows `asked`: the first training image with the same `key`; an empty key is equal to nothing."""
-    keys = seen[key].fillna("").tolist()
-    first = dict(zip(reversed(keys), range(len(keys) - 1, -1, -1), strict=True))
+    first: dict[str, tuple[Dataset, int]] = {}
+    for data in reversed(trained_on):
+        keys = data.records.loc[data.records["split"].isin(TRAINING_SPLITS), key].fillna("")
+        first.update(zip(reversed(keys.tolist()), ((data, row) for row in reversed(keys.index)), strict=True))
     first.pop("", None)
-    places = np.array([first.get(value, -1) for value in records[key].tolist()], dtype=np.int64)
+    found = [first.get(value) for value in records[key].tolist()]
 
     def problem(i: int) -> str:
-        row = seen.iloc[places[i]]
-        return f"the same {key} as image {row['image_id']!r} of split {row['split']} of {origin} (row {seen.index[places[i]]})"
+        data, place = found[i]
+        row = data.records.loc[place]
+        return f"the same {key} as image {row['image_id']!r} of split {row['split']} of {data.name} (row {place})"
 
-    return _describe(asked & (places >= 0), problem)
+    return _describe(asked & np.array([one is not None for one in found], dtype=bool), problem)
 
 
 def _is_in(values: pd.Series, known: pd.Series) -> np.ndarray:

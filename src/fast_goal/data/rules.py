@@ -30,12 +30,12 @@ class Seen:
 
 
 def records_rules(
-    config: ValidateConfig, training: bool, flism: bool, detector_only: bool, long_captions: bool, seen: Seen
+    config: ValidateConfig, counted: bool, flism: bool, detector_only: bool, long_captions: bool, seen: Seen
 ) -> list[Rule]:
     """The rules on records.
 
-    training: the counts, which are given for the training data set, apply. flism: regions and pairs are expected.
-    detector_only: an image without a detection then rightly has no region. long_captions: the set has some.
+    counted: the counts, which are given for one data set, apply. flism: regions and pairs are expected. detector_only: an
+    image without a detection then rightly has no region. long_captions: the set has some, or should.
     """
     decoded = "" if seen.decoded is None else f" of a random sample of {seen.decoded:,}"
     again = "run `dvc repro --force download` to make the records again from the files as they are now"
@@ -108,9 +108,9 @@ def records_rules(
             {"column": "skipped_share", "max_value": config.max_skipped},
         ),
     ]
-    if long_captions or training:
+    if long_captions:
         rules += _caption_rules(config, seen)
-    if training:
+    if counted:
         rules += [
             Rule(
                 f"count_{split}",

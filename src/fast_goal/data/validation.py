@@ -4,7 +4,7 @@ was looked at. No model here: the step `validate` measures the cosines and passe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,6 @@ from fast_goal.data.near_duplicates import near_duplicates
 from fast_goal.data.quality import Subject
 from fast_goal.data.records import Dataset
 
-CLIP_CONTEXT = 77
 # Mean image-caption cosine of 1,000 random pairs, FAST-GOAL, Table I; the model is Long-CLIP ViT-L/14.
 PUBLISHED_COSINES = {"GLIT100k": 0.2434, "DOCCI": 0.2448}
 PUBLISHED_WITH = "Long-CLIP ViT-L/14"
@@ -46,11 +45,11 @@ class Cosines:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the checks of every data set share. top_k: pairs that FLISM keeps of an image; base: None where it is not
-    known."""
+    """What the checks of every data set share. trained_on: the training data set, and another one that is trained on before
+    it; top_k: pairs that FLISM keeps of an image; base: None where it is not known."""
 
     config: ValidateConfig
-    training: Dataset
+    trained_on: Sequence[Dataset]
     detector_only: bool
     top_k: int
     base: Base | None
@@ -58,15 +57,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found in one data set. notes: what was looked at, in sentences. `near` as `near_duplicates` returns it, or
-    None; `near_origin` is the data set that its rows of `where` = training speak of."""
+    """What was found in one data set. notes: what was looked at, in sentences. `near` as `near_duplicates` returns it, with the
+    column `origin`, or None: a row of `where` = training speaks of the data set of that name in `near_origins`."""
 
     subject: Subject
     suites: list[Suite]
     lengths: CaptionLengths
     notes: list[str]
     near: pd.DataFrame | None
-    near_origin: Dataset
+    near_origins: dict[str, Dataset]
     cosines: Cosines | None
     facts: pd.DataFrame
 
@@ -74,37 +73,37 @@ class Findings:
 def examine(subject: Subject, images: pd.DataFrame, settings: Settings, cosines: Cosines | None) -> Findings:
     """Builds the tables and the rules; `images` comes from `quality.inspect_images`."""
     config, records = settings.config, subject.dataset.records
-    training = subject.name == settings.training.name
+    origins = {data.name: data for data in settings.trained_on}
     words = count_words(texts_of(records))
-    lengths = caption_lengths(records, config.caption_sample, config.seed, words)
-    near = None
-    if subject.dataset.hashes is not None and settings.training.hashes is not None:
-        near = near_duplicates(subject.dataset, settings.training, config.near_duplicate_bits)
+    context_length = settings.base.context_length if settings.base else None
+    lengths = caption_lengths(records, config.caption_sample, config.seed, words, context_length)
+    near = _near(subject.dataset, settings.trained_on, config.near_duplicate_bits)
     image_size = settings.base.image_size if settings.base else None
-    table = quality.records_table(subject, images, settings.training, words)
+    table = quality.records_table(subject, images, settings.trained_on, words)
     parts = [
         quality.outlier_columns(records, config.max_aspect, image_size),
         quality.fact_columns(subject, settings.top_k),
     ]
-    if subject.has_long_captions or training:
+    long_captions = subject.has_long_captions or subject.name in origins
+    if long_captions:
         parts.append(caption_columns(records, lengths, config.language))
     table = pd.concat([table, *parts], axis=1)
     if near is not None:
-        table = table.join(near_columns(table, near, settings.training))
+        table = table.join(near_columns(table, near, origins))
 
     decoded, tokens = int(images["decoded"].sum()), len(lengths.tokens)
     seen = rules.Seen(
         decoded=decoded if decoded < len(records) else None,
         captions=tokens if tokens < len(lengths.words) else None,
-        context_length=settings.base.context_length if settings.base else None,
+        context_length=context_length,
     )
     made = [
         *rules.records_rules(
             config,
-            training=training,
+            counted=subject.name == settings.trained_on[0].name,
             flism=subject.regions is not None,
             detector_only=settings.detector_only,
-            long_captions=subject.has_long_captions,
+            long_captions=long_captions,
             seen=seen,
         ),
         *rules.optional_rules(table, config, image_size),
@@ -119,22 +118,35 @@ def examine(subject: Subject, images: pd.DataFrame, settings: Settings, cosines:
         suites.append(Suite(f"{subject.name}_regions", quality.regions_table(subject), rules.regions_rules()))
         suites.append(Suite(f"{subject.name}_pairs", quality.pairs_table(subject), rules.pairs_rules()))
     notes = _notes(subject, settings, lengths, decoded, near, cosines)
-    return Findings(subject, suites, lengths, notes, near, settings.training, cosines, facts)
+    return Findings(subject, suites, lengths, notes, near, origins, cosines, facts)
 
 
-def near_columns(table: pd.DataFrame, near: pd.DataFrame, training: Dataset) -> pd.DataFrame:
+def _near(dataset: Dataset, trained_on: Sequence[Dataset], bits: int) -> pd.DataFrame | None:
+    """The nearest near-duplicates among all training images, with the column `origin`; None without perceptual hashes."""
+    hashed = [data for data in trained_on if data.hashes is not None]
+    if dataset.hashes is None or not hashed:
+        return None
+    learned = dataset.name in [data.name for data in trained_on]
+    parts = [near_duplicates(dataset, data, bits, learned).assign(origin=data.name) for data in hashed]
+    order = ["where", "row", "distance"]
+    return pd.concat(parts).sort_values(order, kind="stable").drop_duplicates(["where", "row"], ignore_index=True)
+
+
+def near_columns(table: pd.DataFrame, near: pd.DataFrame, origins: Mapping[str, Dataset]) -> pd.DataFrame:
     """`near_training` and `near_in_split`: the near-duplicates in words, for the rows of the records table. A held-out
     image that is a training image by its id or its bytes has its own finding."""
     known = table[["id_in_training", "bytes_in_training", "validation_in_training"]].notna().any(axis=1).to_numpy()
-    seen_ids, seen_splits = training.records["image_id"].to_numpy(), training.records["split"].to_numpy()
     own_ids = table["image_id"].to_numpy()
     columns = {name: np.full(len(table), None, dtype=object) for name in ("near_training", "near_in_split")}
-    for row, where, other, distance in near[["row", "where", "other", "distance"]].itertuples(index=False, name=None):
+    seen = {name: (data.records["image_id"].to_numpy(), data.records["split"].to_numpy()) for name, data in origins.items()}
+    links = near[["row", "where", "other", "distance", "origin"]]
+    for row, where, other, distance, origin in links.itertuples(index=False, name=None):
         bits = f"{distance} bits from" if distance else "the same perceptual hash as"
         if where == "split":
             columns["near_in_split"][row] = f"{bits} image {own_ids[other]!r} (row {other})"
         elif not known[row]:
-            name = f"image {seen_ids[other]!r} of split {seen_splits[other]} of {training.name} (row {other})"
+            ids, splits = seen[origin]
+            name = f"image {ids[other]!r} of split {splits[other]} of {origin} (row {other})"
             columns["near_training"][row] = f"{bits} {name}"
     return pd.DataFrame({name: pd.Series(column, dtype=object) for name, column in columns.items()})
 
@@ -175,14 +187,12 @@ def _notes(
         *([] if not captions else [f"Tokens and language of {_of(tokens, captions, 'long captions')} looked at."]),
     ]
     if tokens:
-        contexts = sorted({CLIP_CONTEXT, *([settings.base.context_length] if settings.base else [])})
-        beyond = " and ".join(f"{np.mean(lengths.tokens > length):.1%} have more than {length}" for length in contexts)
-        notes.append(f"Of these captions {beyond} tokens, start and end included.")
-    without = [data.name for data in (subject.dataset, settings.training) if data.hashes is None]
-    if near is None:
-        names = " and ".join(dict.fromkeys(without))
-        notes.append(f"Near-duplicates were not looked for: {names} has no perceptual hashes.")
-    else:
+        notes.append(f"Of these captions {lengths.beyond()}, start and end included.")
+    without = dict.fromkeys(data.name for data in (subject.dataset, *settings.trained_on) if data.hashes is None)
+    if without:
+        where = "" if near is None else f" in {' and '.join(without)}"
+        notes.append(f"Near-duplicates were not looked for{where}: {' and '.join(without)} has no perceptual hashes.")
+    if near is not None:
         hashed = len(set(subject.dataset.hashes["image_id"]) & set(subject.dataset.records["image_id"]))
         found = near["where"].value_counts()
         notes.append(

@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,30 +19,10 @@ from torch import Tensor
 
 from fast_goal.data import captions
 from fast_goal.data.captions import tokenize
-from fast_goal.errors import ModelError
 from fast_goal.model.clip import Clip
+from fast_goal.model.inference import arithmetic, finite
 
 REMEMBERED_SENTENCES = 10_000  # embeddings kept for sentences that come again: 20 MB at a width of 512; the cache has all
-
-
-@contextmanager
-def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
-    """Inference in `fp32`, `tf32` (products of matrices rounded to 10 bits, on GPUs) or `bf16` (autocast, 8 bits).
-
-    In fp32 a GPU's results are those of a CPU but for the order of sums.
-    """
-    before = torch.backends.cuda.matmul.allow_tf32
-    rounded = precision != "fp32"
-    torch.backends.cuda.matmul.allow_tf32 = rounded
-    try:
-        with (
-            torch.inference_mode(),
-            torch.backends.cudnn.flags(enabled=True, allow_tf32=rounded),
-            torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
-        ):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 class Embedder:
@@ -150,7 +128,7 @@ class Embedder:
 
     def _fetch(self, values: Tensor) -> Callable[[], Tensor]:
         if values.device.type != "cuda":
-            return lambda: _finite(values.cpu())
+            return lambda: finite(values.cpu())
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         host.copy_(values, non_blocking=True)
         done = torch.cuda.Event()
@@ -158,7 +136,7 @@ class Embedder:
 
         def wait() -> Tensor:
             done.synchronize()
-            return _finite(host.clone())  # pinned memory is scarce: it is not kept in results
+            return finite(host.clone())  # pinned memory is scarce: it is not kept in results
 
         return wait
 
@@ -201,18 +179,3 @@ def decoding_scale(boxes: np.ndarray, input_side: int) -> int:
     input: below that, the decoder's reduction would show in the resized crop."""
     shortest = int((boxes[:, 2:] - boxes[:, :2]).min())
     return next((scale for scale in (8, 4, 2) if shortest >= 2 * input_side * scale), 1)
-
-
-def model_digest(clip: Clip) -> str:
-    """A hash of all that a model's embeddings depend on: its weights, its text context, its view."""
-    hasher = hashlib.sha256(f"{clip.context_length} {clip.view(8, 8)}".encode())
-    for name, value in sorted(clip.state_dict().items()):
-        hasher.update(f"{name} {list(value.shape)} {value.dtype}".encode())
-        hasher.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return hasher.hexdigest()
-
-
-def _finite(embeddings: Tensor) -> Tensor:
-    if not embeddings.isfinite().all():
-        raise ModelError("the model's embeddings hold NaN or infinity: its weights are damaged or its training diverged")
-    return embeddings

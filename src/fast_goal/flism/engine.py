@@ -25,18 +25,19 @@ from fast_goal.data.records import PAIRS, REGIONS, SKIPPED, Dataset
 from fast_goal.errors import ConfigError, DataError
 from fast_goal.files import digest, file_digest
 from fast_goal.flism.detectors import RegionDetector
-from fast_goal.flism.embedder import model_digest
 from fast_goal.flism.metrics import flism_metrics
-from fast_goal.flism.pipeline import Caches, Done, Pipeline, Record, Shards
+from fast_goal.flism.pipeline import Caches, Done, Pipeline, Record, Shards, TrueBox
 from fast_goal.flism.shards import Shard, ShardStore, prune
 from fast_goal.flism.workers import CacheNames, Models, Own, Spec, run_workers
 from fast_goal.model.clip import Clip
+from fast_goal.model.inference import model_digest
 from fast_goal.progress import Progress
 
 SHARDS_FOLDER, EMBEDDINGS_FOLDER = "flism", "embeddings"  # in the folder of caches
 # settings that the result for an image depends on
 SETTINGS = (
     "regions",
+    "choice",
     "top_k",
     "pair_weights",
     "confidence",
@@ -102,14 +103,18 @@ def extract(
     The result depends neither on the caches nor on `batch_size`, `shard_size`, `engine`, `processes` and the order of
     the records. An image that cannot be read, has no sentence or has no region is a row in `skipped`. Worker processes
     get their models from `models(device)`, or copies of these ones. Raises ConfigError where `regions = detector` meets
-    no detector, DataError where no pair results or a shard cannot be written.
+    no detector, or `choice = truth` a data set without true boxes; DataError where no pair results or a shard cannot be
+    written.
     """
     if detector is None and config.regions == "detector":
         raise ConfigError("flism.regions = 'detector' needs a detector: set base.detector.kind, or flism.regions=spatial")
+    if config.choice == "truth" and dataset.truth is None:
+        raise ConfigError(f"flism.choice = 'truth': the data set {dataset.name!r} has no true boxes. Set it to best or random.")
     if records is None:
         records = flism_records(dataset, config.splits)
+    truth = _truth(dataset) if config.choice == "truth" else {}
     device, used = torch.device(device), detector if config.regions != "spatial" else None
-    wanted = [_record(dataset, row) for row in records.itertuples()]
+    wanted = [_record(dataset, row, truth.get(row.image_id, ())) for row in records.itertuples()]
     names, store = _stores(clip, used, config, Path(cache))
     store.touch()
     for folder in prune(Path(cache) / SHARDS_FOLDER, keep=[store.folder]):
@@ -120,7 +125,7 @@ def extract(
     if waiting:
         jobs = [waiting[start : start + config.shard_size] for start in range(0, len(waiting), config.shard_size)]
         reasons = Counter(outcome.reason for shard in shards for outcome in shard.outcomes if outcome.reason)
-        with Progress("flism", len(wanted), "images", done=len(wanted) - len(waiting)) as progress:
+        with Progress(f"flism {dataset.name}", len(wanted), "images", done=len(wanted) - len(waiting)) as progress:
             note = _Notes(progress, reasons, len(wanted) - len(waiting))
             begin = time.monotonic()
             spec = Spec(models or Own(clip, used), config, names)
@@ -179,9 +184,17 @@ class _Notes:
         return notes
 
 
-def _record(dataset: Dataset, row: Any) -> Record:
+def _record(dataset: Dataset, row: Any, truth: tuple[TrueBox, ...]) -> Record:
     size = int(row.width), int(row.height)
-    return Record(row.image_id, str(dataset.path(row.image_path)), *size, row.long_caption, row.content_hash)
+    return Record(row.image_id, str(dataset.path(row.image_path)), *size, row.long_caption, row.content_hash, truth)
+
+
+def _truth(dataset: Dataset) -> dict[str, tuple[TrueBox, ...]]:
+    """The true boxes of the sentences of each image, by its id."""
+    found: dict[str, list[TrueBox]] = {}
+    for row in dataset.truth.itertuples():
+        found.setdefault(row.image_id, []).append((int(row.char_start), (row.x1, row.y1, row.x2, row.y2)))
+    return {image_id: tuple(boxes) for image_id, boxes in found.items()}
 
 
 def _result(dataset: Dataset, wanted: list[Record], shards: list[Shard]) -> FlismResult:

@@ -53,6 +53,17 @@ def match_many(regions: Sequence[Tensor], sentences: Sequence[Tensor], top_k: in
     return found
 
 
+def rematch(regions: Tensor, sentences: Tensor, pairs: Sequence[tuple[int, int]]) -> list[Match]:
+    """Pairs (sentence, region) that were chosen otherwise, in their order, with their similarities."""
+    if not pairs:
+        return []
+    chosen = torch.tensor(pairs)
+    similarities = (_unit(sentences[chosen[:, 0]]) * _unit(regions[chosen[:, 1]])).sum(1).clamp(-1, 1)
+    if not similarities.isfinite().all():
+        raise ValueError("embeddings hold NaN or infinity")
+    return [Match(*pair, value) for pair, value in zip(pairs, similarities.float().tolist(), strict=True)]
+
+
 def pair_weights(similarities: Sequence[float], kind: Literal["uniform", "similarity"]) -> list[float]:
     """The weights of the pairs of one image, which add up to 1 (Table VIII).
 

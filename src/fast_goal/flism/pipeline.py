@@ -33,17 +33,21 @@ from fast_goal.data.captions import Sentence
 from fast_goal.data.images import open_image
 from fast_goal.data.records import PAIRS, REGIONS, SKIPPED
 from fast_goal.errors import DataError
+from fast_goal.files import digest
 from fast_goal.flism.detectors import RegionDetector
-from fast_goal.flism.embedder import Embedder, arithmetic, cut, decoding_scale, pixel_boxes
-from fast_goal.flism.matching import match_many, pair_weights
+from fast_goal.flism.embedder import Embedder, cut, decoding_scale, pixel_boxes
+from fast_goal.flism.matching import Match, match_many, pair_weights, rematch
 from fast_goal.flism.regions import Detections, Regions, candidate_regions
 from fast_goal.flism.shards import FILE_REASONS, Outcome, fingerprint
 from fast_goal.flism.splitter import Split, Splitter
 from fast_goal.model.clip import Clip
+from fast_goal.model.inference import arithmetic
 
 BATCH_PIXELS = 200_000_000  # decoded at once (600 MB, and twice: ahead, and in the detector): large photographs wait
 CHILD_FROM = 1000  # images from which the start of a process for the sentences pays ...
 CHILD_CORES = 4  # ... on a machine with so many cores; on fewer it would take one from the model
+
+TrueBox = tuple[int, tuple[float, float, float, float]]  # where a sentence begins in the caption, and the box it is about
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +60,13 @@ class Record:
     height: int
     caption: str
     content_hash: str
+    truth: tuple[TrueBox, ...] = ()  # only where they are the regions (flism.choice = truth)
 
     @property
     def fingerprint(self) -> str:
         """What the shards know the image by."""
-        return fingerprint(self.image_id, self.content_hash, self.width, self.height, self.caption)
+        found = fingerprint(self.image_id, self.content_hash, self.width, self.height, self.caption)
+        return digest([found, self.truth], length=24) if self.truth else found
 
 
 @dataclass
@@ -188,7 +194,7 @@ class Pipeline:
         images: int = 0,
     ):
         self._clip, self._config, self._caches = clip, config, caches
-        self._detector = detector if config.regions != "spatial" else None
+        self._detector = detector if config.regions != "spatial" and config.choice != "truth" else None
         self._device = torch.device(device)
         self._embed = Embedder(clip, self._device, config.batch_size, config.precision)
         self._threads = threads or cores()
@@ -373,18 +379,24 @@ class Pipeline:
 
     def _set_regions(self, item: _Item, detections: Detections) -> None:
         config, size = self._config, (item.record.width, item.record.height)
-        regions = candidate_regions(
-            *size,
-            detections,
-            use=config.regions,
-            min_area=config.min_area,
-            classes=config.classes,
-            max_detections=config.max_detections,
-            merge_iou=config.merge_iou,
-        )
+        if config.choice == "truth":
+            boxes = np.array([box for _, box in item.record.truth], dtype=np.float64).reshape(-1, 4)
+            detections = Detections(boxes, [""] * len(boxes), np.ones(len(boxes)))
+            regions = candidate_regions(*size, detections, use="detector")
+        else:
+            regions = candidate_regions(
+                *size,
+                detections,
+                use=config.regions,
+                min_area=config.min_area,
+                classes=config.classes,
+                max_detections=config.max_detections,
+                merge_iou=config.merge_iou,
+            )
         item.regions = regions
         if not len(regions):
-            item.skip("no region", f"no detection with a confidence of {config.confidence} or more passed the filters")
+            why = f"no detection with a confidence of {config.confidence} or more passed the filters"
+            item.skip("no region", "no sentence has a true box" if config.choice == "truth" else why)
             return
         first: dict[tuple[int, ...], int] = {}
         for index, box in enumerate(pixel_boxes(regions.boxes, *size).tolist()):
@@ -454,11 +466,18 @@ def _finish(shard: _Shard, crops: Tensor, sentences: dict[str, tuple[Tensor, boo
         region_parts.append(torch.from_numpy(rows))
         sentence_parts.append(torch.stack([sentences[sentence.text][0] for sentence in item.sentences]))  # [S, D]
     matches = match_many(region_parts, sentence_parts, config.top_k)
+    if config.choice != "best":
+        choose = {"random": _random_regions, "truth": _true_regions}[config.choice]
+        parts = zip(used, matches, region_parts, sentence_parts, strict=True)
+        matches = [choose(item, found, regions, texts, config.top_k) for item, found, regions, texts in parts]
     tables: dict[str, dict[str, list[Any]]] = {
         name: {column: [] for column in schema.names}
         for name, schema in (("regions", REGIONS), ("pairs", PAIRS), ("skipped", SKIPPED))
     }
     for item, found in zip(used, matches, strict=True):
+        if not found:
+            item.skip("no region", f"none that flism.choice = {config.choice!r} could take")
+            continue
         _add_regions(tables["regions"], item)
         _add_pairs(tables["pairs"], item, found, config)
     outcomes = []
@@ -474,6 +493,29 @@ def _finish(shard: _Shard, crops: Tensor, sentences: dict[str, tuple[Tensor, boo
                 tables["skipped"][column].append(value)
     frames = {name: pd.DataFrame(columns) for name, columns in tables.items()}
     return Done({name: frame if len(frame) else frame.iloc[:, :0] for name, frame in frames.items()}, outcomes, shard.fresh)
+
+
+def _random_regions(item: _Item, found: list[Match], regions: Tensor, sentences: Tensor, top_k: int) -> list[Match]:
+    """The same sentences, each with another region of the image, drawn by image and sentence; none where there is one only."""
+    pairs = []
+    for pair in found if len(regions) > 1 else []:
+        drawn = int(digest([item.record.content_hash, item.sentences[pair.sentence].text]), 16) % (len(regions) - 1)
+        pairs.append((pair.sentence, drawn + (drawn >= pair.region)))
+    return rematch(regions, sentences, pairs)
+
+
+def _true_regions(item: _Item, found: list[Match], regions: Tensor, sentences: Tensor, top_k: int) -> list[Match]:
+    """The `top_k` sentences most similar to their own true boxes, best first."""
+    size = (item.record.width, item.record.height)
+    rows = {tuple(box): row for row, box in enumerate(item.boxes.tolist())}
+    own = {}
+    for start, box in item.record.truth:
+        inside = np.clip(np.array([box], dtype=np.float64), 0, [*size, *size])
+        row = rows.get(tuple(pixel_boxes(inside, *size)[0].tolist()))
+        if row is not None:  # too thin a box is no region
+            own[start] = row
+    pairs = [(index, own[sentence.start]) for index, sentence in enumerate(item.sentences) if sentence.start in own]
+    return sorted(rematch(regions, sentences, pairs), key=lambda pair: -pair.similarity)[:top_k]
 
 
 def _add_regions(columns: dict[str, list[Any]], item: _Item) -> None:

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast_goal.config import ScratchConfig
+from fast_goal.config import BaseConfig, ScratchConfig
 from fast_goal.environment import prepare
 from fast_goal.errors import ConfigError, ModelError
 from fast_goal.files import atomic_folder, read_json, write_json
-from fast_goal.model.positions import stretch_positions
+from fast_goal.model.positions import Stretch, stretch_positions
 
 if TYPE_CHECKING:
     from fast_goal.data.images import View
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 CONFIG_FILE, WEIGHTS_FILE, INFO_FILE = "open_clip_config.json", "open_clip_model.safetensors", "fast_goal.json"
 VOCABULARY = 49408  # CLIP's byte pairs; the tokenizer of data/captions.py knows no other
 LAST = ("ln_post", "proj", "ln_final", "text_projection", "logit_scale")  # parameters that follow the last block
+SCHEMAS = ("hf-hub:", "local-dir:")  # of models that bring their weights along
 RESIZE_MODES = {"shortest": "crop", "squash": "squash", "longest": "pad"}  # open_clip's words -> View's
 
 
@@ -64,6 +65,7 @@ class Clip(nn.Module):
         self.embed_dim: int = model.visual.output_dim
         self.mean, self.std = tuple(preprocess["mean"]), tuple(preprocess["std"])
         self.view_mode = RESIZE_MODES[preprocess.get("resize_mode", "shortest")]
+        self.stretch = Stretch(self.context_length, self.context_length, 0)  # by which its text positions were made here
 
     @property
     def logit_scale(self) -> Tensor:
@@ -149,7 +151,9 @@ class Clip(nn.Module):
         model = _build(config, seed=0)
         model.load_state_dict(weights)
         model.to(self.model.logit_scale.device).train(self.training)
-        return Clip(model, config, self._preprocess(), self.name)
+        made = Clip(model, config, self._preprocess(), self.name)
+        made.stretch = Stretch(self.context_length, context_length, keep)
+        return made
 
     def save(self, folder: Path | str, info: dict[str, Any]) -> None:
         """Writes the model and `info` (method, data, commit, metrics) as a folder; an older one of that name is replaced.
@@ -169,11 +173,8 @@ class Clip(nn.Module):
     @classmethod
     def load(cls, folder: Path | str) -> Clip:
         """Reads a folder that `save`, or open_clip, wrote. Raises ModelError, which names the folder."""
-        folder = Path(folder)
-        name = folder.name
-        if (folder / INFO_FILE).exists():
-            name = read_json(folder / INFO_FILE).get("name", name)
-        return _create(f"local-dir:{folder}", None, name, f"Write {folder} anew by running the step that makes it.")
+        way_out = f"Write {folder} anew by running the step that makes it."
+        return _create(f"local-dir:{folder}", None, _saved_name(Path(folder)), way_out)
 
     def _preprocess(self) -> dict[str, Any]:
         resize_mode = next(mode for mode, view_mode in RESIZE_MODES.items() if view_mode == self.view_mode)
@@ -190,11 +191,16 @@ def load_pretrained(model: str, pretrained: str | None, context_length: int, kee
         "Check base.model and base.pretrained, and the connection if the weights have to be downloaded; "
         "base.kind=scratch trains a small model here instead."
     )
-    schema = model.startswith(("hf-hub:", "local-dir:"))
+    schema = model.startswith(SCHEMAS)
     if not schema and not pretrained:
         raise ModelError(f"base.pretrained is null for base.model = {model!r}: its weights would be random. {way_out}")
-    name = model if schema else f"{model}/{pretrained}"
+    name = _source(model, pretrained)
     return _create(model, None if schema else pretrained, name, way_out).stretched(context_length, keep_positions)
+
+
+def _source(model: str, pretrained: str | None) -> str:
+    """Where weights come from, in words."""
+    return model if model.startswith(SCHEMAS) else f"{model}/{pretrained}"
 
 
 def build_scratch(config: ScratchConfig, context_length: int = 77, seed: int = 0) -> Clip:
@@ -222,10 +228,41 @@ def build_scratch(config: ScratchConfig, context_length: int = 77, seed: int = 0
             "heads": config.text_width // config.head_width,
         },
     }
+    return _untrained(model_config, "scratch", seed)
+
+
+def structure(base: BaseConfig) -> Clip:
+    """The CLIP that `base` asks for, with random weights: for what depends on its sizes alone.
+
+    Under torch's FakeTensorMode nothing is allocated. Raises ModelError for a model that open_clip does not know, whose
+    configuration cannot be had or whose text positions cannot be stretched so, ConfigError for sizes that do not fit together.
+    """
+    if base.kind == "scratch":
+        return build_scratch(base.scratch, base.context_length)
+    prepare()
+    try:
+        config = _model_config(base.model, base.pretrained)
+    except Exception as error:  # as in `_create`
+        raise ModelError(f"{base.model}: its configuration cannot be had: {type(error).__name__}: {error}") from error
+    Stretch(config["text_cfg"].get("context_length", 77), base.context_length, base.keep_positions)  # may refuse
+    config["text_cfg"]["context_length"] = base.context_length
+    return _untrained(config, _source(base.model, base.pretrained))
+
+
+def saved_structure(folder: Path | str) -> Clip:
+    """The CLIP of a folder, as `structure`: its weights are not read."""
+    return _untrained(read_json(Path(folder) / CONFIG_FILE)["model_cfg"], _saved_name(Path(folder)))
+
+
+def _saved_name(folder: Path) -> str:
+    info = folder / INFO_FILE
+    return read_json(info).get("name", folder.name) if info.exists() else folder.name
+
+
+def _untrained(config: dict[str, Any], name: str, seed: int = 0) -> Clip:
     from fast_goal.data.images import CLIP_MEAN, CLIP_STD
 
-    model = _build(model_config, seed)
-    return Clip(model, model_config, {"mean": CLIP_MEAN, "std": CLIP_STD}, "scratch")
+    return Clip(_build(config, seed), config, {"mean": CLIP_MEAN, "std": CLIP_STD}, name)
 
 
 def _build(config: dict[str, Any], seed: int) -> nn.Module:
@@ -242,13 +279,7 @@ def _create(model: str, pretrained: str | None, name: str, way_out: str) -> Clip
     import open_clip
 
     try:
-        config = open_clip.get_model_config(model)
-        if config is None:
-            close = difflib.get_close_matches(model, open_clip.list_models(), n=3)
-            raise ValueError(f"open_clip knows no model {model!r}; the closest names are {', '.join(close)}")
-        if tag := open_clip.get_pretrained_cfg(model, pretrained) if pretrained else None:
-            # the activation that the weights were trained with; open_clip would only warn of another one
-            config["quick_gelu"] = bool(tag.get("quick_gelu", False))
+        config = _model_config(model, pretrained)
         quick_gelu = config.get("quick_gelu", False)
         with torch.random.fork_rng(devices=[]):
             created = open_clip.create_model(
@@ -261,8 +292,22 @@ def _create(model: str, pretrained: str | None, name: str, way_out: str) -> Clip
             )
     except Exception as error:  # the hub's client, the parsers and torch have errors of a dozen unrelated classes
         raise ModelError(f"{name} cannot be loaded: {type(error).__name__}: {error}\n{way_out}") from error
-    config.pop("custom_text", None)  # an argument of open_clip's factory, not of the model
     return Clip(created, config, created.visual.preprocess_cfg, name)
+
+
+def _model_config(model: str, pretrained: str | None) -> dict[str, Any]:
+    """open_clip's model configuration, with the activation that the weights were trained with: open_clip would only warn of
+    another one. Raises ValueError for an unknown name."""
+    import open_clip
+
+    config = open_clip.get_model_config(model)
+    if config is None:
+        close = difflib.get_close_matches(model, open_clip.list_models(), n=3)
+        raise ValueError(f"open_clip knows no model {model!r}; the closest names are {', '.join(close)}")
+    if tag := open_clip.get_pretrained_cfg(model, pretrained) if pretrained else None:
+        config["quick_gelu"] = bool(tag.get("quick_gelu", False))
+    config.pop("custom_text", None)  # an argument of open_clip's factory, not of the model
+    return config
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -8,22 +8,21 @@ from torch import Tensor
 
 
 def clip_loss(
-    image: Tensor, text: Tensor, scale: Tensor | float, weight: Tensor | None = None, group: Tensor | None = None
+    image: Tensor, text: Tensor, scale: Tensor | float, weight: Tensor | None = None, excluded: Tensor | None = None
 ) -> Tensor:
     """Symmetric InfoNCE: the mean of the cross-entropies of image to text and of text to image.
 
     image, text [B, D], L2-normalised, row i of one belonging to row i of the other; scale is the exponentiated logit
-    scale. weight [B] >= 0: of the rows in the mean, all alike if None. group [B] of integers: rows of the same group are no
-    negatives of each other, such as several regions of one image. A scalar; 0, with zero gradients, for a batch without
+    scale. weight [B] >= 0: of the rows in the mean, all alike if None. excluded bool [B, B], symmetric: the pairs of rows that
+    are no negatives of each other; the diagonal is not looked at. A scalar; 0, with zero gradients, for a batch without
     pairs.
     """
     logits = scale * (image @ text.T)  # [B, B]
     if not len(logits):
         return (image.sum() + text.sum()) * scale
     target = torch.arange(len(logits), device=logits.device)
-    if group is not None:
-        others = (group[:, None] == group[None, :]).fill_diagonal_(False)
-        logits = logits.masked_fill(others, float("-inf"))
+    if excluded is not None:
+        logits = logits.masked_fill(excluded.clone().fill_diagonal_(False), float("-inf"))
     if weight is None:
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     rows = F.cross_entropy(logits, target, reduction="none") + F.cross_entropy(logits.T, target, reduction="none")

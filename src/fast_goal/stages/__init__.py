@@ -1,6 +1,6 @@
 """The steps of the pipeline, one module each: read the parameters, call a layer, write the outputs.
 
-`dvc repro` and `fast-goal <step>` come here. Each module has `main(params, track)`.
+`dvc repro` and `fast-goal <step>` come here. Each step's module has `main(params, track)`.
 """
 
 from __future__ import annotations
@@ -9,19 +9,22 @@ import importlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from fast_goal.config import Params, load_params, to_dict
-from fast_goal.environment import prepare
+from fast_goal.environment import prepare, share_work
 from fast_goal.errors import ConfigError
 
-STEPS = ("download", "base", "flism", "validate", "publish", "finetune", "evaluate", "register")
+STEPS = ("download", "base", "flism", "validate", "publish", "intermediate", "finetune", "evaluate", "register")
 SETTINGS = {"finetune": ("objective", "finetune")}  # sections of params.yaml a step reads; else the one of its name
 
-SHARED = ("finetune",)  # steps that several processes work on
+SHARED: dict[str, Callable[[Params], int]] = {  # steps that several processes work on: how many are asked for
+    "intermediate": lambda params: params.intermediate.training.processes if params.intermediate.dataset else 1,
+    "finetune": lambda params: params.finetune.processes,
+}
 
 
 def run(step: str) -> None:
@@ -33,12 +36,13 @@ def run(step: str) -> None:
     if step not in STEPS:
         raise ConfigError(f"unknown step {step!r}. The steps are {', '.join(STEPS)}.")
     prepare()
+    share_work()
     params = load_params()
     module = importlib.import_module(f"fast_goal.stages.{step}")
     if step in SHARED:
         from fast_goal.training import distributed
 
-        count = 1 if "RANK" in os.environ else distributed.processes(params.finetune.processes)
+        count = 1 if "RANK" in os.environ else distributed.processes(SHARED[step](params))
         if count > 1:
             distributed.launch(count, ["-m", "fast_goal", step])
             return

@@ -118,6 +118,7 @@ def _make_clip(params: Params, dataset: Dataset, folder: Path, key: str, track: 
         "model": clip.name,
         "weak": config.kind == "scratch",
         "parameters": sum(parameter.numel() for parameter in clip.parameters()),
+        "positions": clip.stretch.describe(),
         **trained,
         "clip_seconds": time.perf_counter() - begin,
     }

@@ -18,7 +18,7 @@ from fast_goal.files import digest, read_json, write_json, write_text
 if TYPE_CHECKING:
     import torch
 
-    from fast_goal.evaluation.embedding import Answers, Questions
+    from fast_goal.evaluation.comparison import Study
     from fast_goal.evaluation.report import Picture
     from fast_goal.model.clip import Clip
     from fast_goal.tracking import Tracker
@@ -30,6 +30,7 @@ TIMES = {
     "base": BASE / "metrics.json",
     "flism": FLISM / "metrics.json",
     "validate": Path("data/validation/summary.json"),
+    "intermediate": Path("models/intermediate/metrics.json"),
     "finetune": FINETUNE / "metrics.json",
 }
 SHOWN = 5  # images per query in the retrieval picture
@@ -40,13 +41,17 @@ def main(params: Params, track: Tracker) -> None:
     """Runs the step. Raises DataError for a missing data set or an image that cannot be read, ModelError for a model."""
     from fast_goal import environment
     from fast_goal.data.records import load_dataset
-    from fast_goal.evaluation import comparison, embedding, pictures
+    from fast_goal.evaluation import comparison, embedding, features, pictures, tasks
     from fast_goal.evaluation.report import Picture, write_report
     from fast_goal.model.clip import Clip
 
     begin = time.monotonic()
     config, device = params.evaluate, environment.device()
     clips = {"base": Clip.load(BASE / "clip"), "finetuned": Clip.load(FINETUNE)}
+    stores = {
+        model: features.FeatureStore(features.FOLDER, clip, device, config.batch_size, config.precision)
+        for model, clip in clips.items()
+    }
     OUTPUT.mkdir(parents=True, exist_ok=True)
 
     metrics: dict[str, Any] = {}
@@ -55,14 +60,10 @@ def main(params: Params, track: Tracker) -> None:
     for name in config.datasets:
         dataset = load_dataset(name)
         track.input(dataset, "evaluation")
-        asked = embedding.questions(dataset, config.split, _pairs(name))
-        answers = {
-            model: embedding.answer(clip, asked, config.batch_size, device, f"evaluate {name}, {model}")
-            for model, clip in clips.items()
-        }
-        metrics[name] = comparison.compare(asked, answers, config.ks, config.patch_ks, config.bootstrap_samples)
+        study = comparison.Study(embedding.questions(dataset, config.split, _pairs(name)), stores, config)
+        metrics[name] = tasks.measure(study, config.tasks, f"evaluate {name}")
         recall += comparison.recall_rows(name, metrics[name], config.ks)
-        drawn += _draw(name, asked, answers, metrics[name], clips, params, device)
+        drawn += _draw(name, study, metrics[name])
 
     history = _history(FINETUNE / "history.jsonl")
     if pictures.draw_losses(history, OUTPUT / "loss.png"):
@@ -89,28 +90,20 @@ def _pairs(name: str) -> Any:
     return read_table(path, PAIRS) if path.exists() else None
 
 
-def _draw(
-    name: str,
-    asked: Questions,
-    answers: Mapping[str, Answers],
-    metrics: Mapping[str, Any],
-    clips: Mapping[str, Clip],
-    params: Params,
-    device: torch.device,
-) -> list[Picture]:
+def _draw(name: str, study: Study, metrics: Mapping[str, Any]) -> list[Picture]:
     """Draws the pictures of one data set."""
     from fast_goal.evaluation import pictures
     from fast_goal.evaluation.report import Picture
 
-    config, drawn = params.evaluate, []
+    config, drawn = study.config, []
 
     def add(kind: str, text: str) -> None:
         drawn.append(Picture(f"{name}_{kind}.png", text, name))
 
     if pictures.draw_recall(metrics, config.ks, name, OUTPUT / f"{name}_recall.png"):
         add("recall", f"Recall at k on {name}, of the fine-tuned model (solid), the base (dashed) and chance (dotted).")
-    if asked.long.texts and config.pictures:
-        queries = _retrievals(asked, answers, config.pictures)
+    if "long" in metrics and config.pictures:
+        queries = _retrievals(study, config.pictures)
         pictures.draw_retrievals(queries, OUTPUT / f"{name}_retrieval.png")
         add(
             "retrieval",
@@ -120,7 +113,7 @@ def _draw(
     if "localisation" in metrics:
         pictures.draw_hits(metrics["localisation"], config.patch_ks, name, OUTPUT / f"{name}_hits.png")
         add("hits", f"How often one of the k patches most similar to a sentence lies in its box, on {name}.")
-        if config.pictures and (examples := _localisations(asked, answers, clips, config.pictures, device)):
+        if config.pictures and (examples := _localisations(study, config.pictures)):
             pictures.draw_localisations(examples, OUTPUT / f"{name}_localisation.png")
             add(
                 "localisation",
@@ -130,56 +123,57 @@ def _draw(
     return drawn
 
 
-def _retrievals(asked: Questions, answers: Mapping[str, Answers], count: int) -> list[Any]:
-    """Queries drawn at random, from the captions that exceed CLIP's 77 tokens if there are enough of them."""
+def _retrievals(study: Study, count: int) -> list[Any]:
+    """Queries drawn at random, from the captions that exceed CLIP's own context if there are enough of them."""
     import numpy as np
 
-    from fast_goal.evaluation.comparison import caption_ranks
+    from fast_goal.evaluation.comparison import CLIP_CONTEXT
     from fast_goal.evaluation.pictures import Retrieval
 
-    lengths = answers["base"].text_lengths[answers["base"].rows(asked.long.texts)]
-    long = np.flatnonzero(lengths > 77)
+    asked, paths = study.asked, study.asked.paths
+    lengths = study.lengths(study.whole)
+    long = np.flatnonzero(lengths > CLIP_CONTEXT)
     candidates = long if len(long) >= count else np.arange(len(lengths))
     chosen = np.sort(np.random.default_rng(PICTURE_SEED).permutation(candidates)[:count])
-    ranks = {model: caption_ranks(asked.long, answer).text_to_image for model, answer in answers.items()}
+    ranks = {model: study.ranks(model, study.whole)["best"].text_to_image for model in study.stores}
     queries = []
     for query in chosen:
         text, own = asked.long.texts[query], int(asked.long.images[query])
         top = {}
-        for model, answer in answers.items():
-            scores = (answer.image_features.double() @ answer.text_features[answer.text_rows[text]].double()).float()
+        for model, store in study.stores.items():
+            scores = (study.image_features[model].double() @ store.texts([text])[0][0].double()).float()
             top[model] = scores.sort(descending=True, stable=True).indices[:SHOWN].tolist()
         queries.append(
             Retrieval(
                 caption=text,
-                image=asked.paths[own],
-                top={model: [asked.paths[row] for row in rows] for model, rows in top.items()},
+                image=paths[own],
+                top={model: [paths[row] for row in rows] for model, rows in top.items()},
                 hits={model: [row == own for row in rows] for model, rows in top.items()},
-                ranks={model: int(ranks[model][query]) for model in answers},
+                ranks={model: int(ranks[model][query]) for model in study.stores},
             )
         )
     return queries
 
 
-def _localisations(
-    asked: Questions, answers: Mapping[str, Answers], clips: Mapping[str, Clip], count: int, device: torch.device
-) -> list[Any]:
+def _localisations(study: Study, count: int) -> list[Any]:
     """Sentences drawn at random, of different images, whose box every model can see."""
     import numpy as np
 
-    from fast_goal.evaluation.embedding import patch_maps
+    from fast_goal.evaluation.embedding import patch_hits, patch_maps
     from fast_goal.evaluation.pictures import Localisation
 
-    visible = np.flatnonzero(np.all([answer.patches_inside > 0 for answer in answers.values()], axis=0))
+    regions = study.asked.regions
+    found = {model: patch_hits(store, study.asked) for model, store in study.stores.items()}
+    visible = np.flatnonzero(np.all([hits.patches_inside > 0 for hits in found.values()], axis=0))
     drawn = np.random.default_rng(PICTURE_SEED).permutation(visible)
-    _, first = np.unique(asked.regions.images[drawn], return_index=True)
+    _, first = np.unique(regions.images[drawn], return_index=True)
     chosen = drawn[np.sort(first)][:count].tolist()
-    maps = {model: patch_maps(clip, asked, chosen, device) for model, clip in clips.items()}
+    maps = {model: patch_maps(store, study.asked, chosen) for model, store in study.stores.items()}
     return [
         Localisation(
-            sentence=asked.regions.sentences[row],
-            maps={model: maps[model][index] for model in clips},
-            hits={model: bool(answers[model].first_hits[row] == 1) for model in clips},
+            sentence=regions.sentences[row],
+            maps={model: maps[model][index] for model in maps},
+            hits={model: bool(found[model].first_hits[row] == 1) for model in maps},
         )
         for index, row in enumerate(chosen)
     ]
@@ -200,6 +194,7 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[
 
 def _facts(params: Params, clips: Mapping[str, Clip], device: torch.device, seconds: float) -> Any:
     from fast_goal.evaluation.report import Facts
+    from fast_goal.evaluation.tasks import section
     from fast_goal.tracking.identity import git_commit, git_dirty
 
     times = {step: read_json(path).get("seconds") for step, path in TIMES.items() if path.exists()}
@@ -213,12 +208,23 @@ def _facts(params: Params, clips: Mapping[str, Clip], device: torch.device, seco
         base_name=clips["base"].name,
         scratch_split=params.base.scratch.split,
         objective=params.objective,
+        first_stage=_first_stage(params),
         views={model: clip.view_mode for model, clip in clips.items()},
         split=params.evaluate.split,
+        tasks={name: section(name, params.evaluate) for name in params.evaluate.tasks},
+        precision=params.evaluate.precision,
         device=str(device),
         bootstrap_samples=params.evaluate.bootstrap_samples,
         seconds={**{step: value for step, value in times.items() if value is not None}, "evaluate": seconds},
     )
+
+
+def _first_stage(params: Params) -> dict[str, Any]:
+    """The first stage of the training in a few words, empty if there was none."""
+    first = params.intermediate
+    if first.dataset is None:
+        return {}
+    return {"dataset": first.dataset, "epochs": first.training.epochs, **first.objective}
 
 
 def _headline(metrics: Mapping[str, Any]) -> dict[str, float]:

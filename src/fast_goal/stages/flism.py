@@ -1,4 +1,4 @@
-"""The step `flism`: regions and local pairs of the training data set (`fast-goal flism`).
+"""The step `flism`: regions and local pairs of the data sets that are trained on (`fast-goal flism`).
 
 Reads data/records/ and models/base/; writes data/flism/<dataset>/{regions,pairs,skipped}.parquet and pairs.png, and
 data/flism/metrics.json. Finished shards stay in .fast_goal/flism/, so that a killed run goes on where it stopped and a
@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fast_goal.config import Params
 
@@ -29,33 +29,42 @@ HEADLINES = ("images_per_second", "mean_similarity", "true_region_share")
 
 
 def main(params: Params, track: Tracker) -> None:
-    """Runs FLISM over the splits `flism.splits` of the data set `download.train_dataset`."""
-    from fast_goal.data.records import PAIRS, REGIONS, SKIPPED, load_dataset, write_table
-    from fast_goal.environment import device, prepare
+    """Runs FLISM over the splits `flism.splits` of the training data set, and of that of the first stage of training where
+    it is another one."""
+    from fast_goal.environment import prepare
     from fast_goal.files import write_json
-    from fast_goal.flism.engine import extract
     from fast_goal.flism.metrics import flat
-    from fast_goal.flism.pictures import sheet
 
     begin = time.monotonic()
     prepare()
-    dataset = load_dataset(params.download.train_dataset)
+    names = params.training_datasets
+    metrics = {name: _match(params, name, track) for name in names}
+    seconds = time.monotonic() - begin
+    write_json(OUTPUT / "metrics.json", {**metrics, "seconds": seconds})
+    numbers = flat(metrics[names[0]])
+    track.metrics({**numbers, **flat({name: metrics[name] for name in names[1:]}), "seconds": seconds})
+    track.headline({f"flism_{name}": numbers[name] for name in HEADLINES if name in numbers})
+
+
+def _match(params: Params, name: str, track: Tracker) -> dict[str, Any]:
+    """Writes the tables and the picture of one data set; returns its metrics."""
+    from fast_goal.data.records import PAIRS, REGIONS, SKIPPED, load_dataset, write_table
+    from fast_goal.environment import device
+    from fast_goal.flism.engine import extract
+    from fast_goal.flism.pictures import sheet
+
+    dataset = load_dataset(name)
     track.input(dataset)
     clip, detector = load_models(params, dataset, device())
     # a worker process loads its own; the data set goes along only where the boxes come from it
     models = partial(load_models, params, dataset if detector is not None and not detector.reads_pixels else None)
     result = extract(dataset, clip, detector, params.flism, CACHE, device(), models=models)
-
-    folder = OUTPUT / dataset.name
+    folder = OUTPUT / name
     write_table(folder / "regions.parquet", result.regions, REGIONS)
     write_table(folder / "pairs.parquet", result.pairs, PAIRS)
     write_table(folder / "skipped.parquet", result.skipped, SKIPPED)
     track.artifact(sheet(dataset, result.pairs, folder / "pairs.png"))
-    seconds = time.monotonic() - begin
-    write_json(OUTPUT / "metrics.json", {dataset.name: result.metrics, "seconds": seconds})
-    numbers = flat(result.metrics)
-    track.metrics({**numbers, "seconds": seconds})
-    track.headline({f"flism_{name}": numbers[name] for name in HEADLINES if name in numbers})
+    return result.metrics
 
 
 def load_models(params: Params, dataset: Dataset | None, device: torch.device) -> tuple[Clip, RegionDetector | None]:

@@ -33,7 +33,7 @@ def main(params: Params, track: Tracker) -> None:
 
     digest = model_digest(MODEL)
     metrics = _read(REPORT, "evaluate")
-    names = dict.fromkeys([params.download.train_dataset, *params.evaluate.datasets])
+    names = dict.fromkeys([*params.training_datasets, *params.evaluate.datasets])
     datasets = [_read(RECORDS / f"{name}.json", "download") for name in names]
     tags = {
         "git_commit": identity.git_commit(),
@@ -43,6 +43,8 @@ def main(params: Params, track: Tracker) -> None:
         "experiment": params.experiment,
         "objective": str(params.objective.get("name")),
     }
+    if params.intermediate.dataset is not None:
+        tags["intermediate_dataset"] = params.intermediate.dataset
     card = model_card(params, datasets, metrics, {**tags, "model_digest": digest})
     registration, is_new = register(MODEL, params.register.model_name, params.register.alias, card, tags, track.run_id)
 

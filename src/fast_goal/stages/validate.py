@@ -40,12 +40,14 @@ def main(params: Params, track: Tracker) -> None:
     from fast_goal.data.validation import Settings, examine, suites_of
 
     begin = time.monotonic()
-    training = load_dataset(params.download.train_dataset)
-    track.input(training, "validation")
-    settings = Settings(params.validate, training, params.flism.regions == "detector", params.flism.top_k, _base())
+    trained_on = {name: load_dataset(name) for name in params.training_datasets}
+    for dataset in trained_on.values():
+        track.input(dataset, "validation")
+    detector_only = params.flism.regions == "detector"
+    settings = Settings(params.validate, list(trained_on.values()), detector_only, params.flism.top_k, _base())
     findings = []
-    for name in [training.name, *(name for name in params.download.datasets if name != training.name)]:
-        subject = _subject(params, name, training)
+    for name in dict.fromkeys([*params.training_datasets, *params.download.datasets]):
+        subject = _subject(params, name, trained_on.get(name))
         images = inspect_images(subject.dataset, params.validate.max_decoded, params.validate.seed)
         cosines, problem = _cosines(params, subject, images, settings.base)
         findings.append(examine(subject, images, settings, cosines))
@@ -67,18 +69,18 @@ def main(params: Params, track: Tracker) -> None:
     _stop_on_failure(outcomes)
 
 
-def _subject(params: Params, name: str, training: Dataset) -> Subject:
-    """The tables of one data set. FLISM always runs on the training data set; elsewhere its tables are optional."""
+def _subject(params: Params, name: str, training: Dataset | None) -> Subject:
+    """The tables of one data set. FLISM always runs on one that is trained on; elsewhere its tables are optional."""
     import pandas as pd
 
     from fast_goal.data import records
     from fast_goal.data.quality import Subject
 
-    dataset = training if name == training.name else records.load_dataset(name)
+    dataset = training or records.load_dataset(name)
     skipped = [records.load_skipped(name)]
     regions = pairs = None
     folder = FLISM / name
-    if name == training.name or folder.is_dir():
+    if training or folder.is_dir():
         regions = records.read_table(folder / "regions.parquet", records.REGIONS)
         pairs = records.read_table(folder / "pairs.parquet", records.PAIRS)
         skipped.append(records.read_table(folder / "skipped.parquet", records.SKIPPED))

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import psutil
 
 PIPELINE_VARIABLE = "FAST_GOAL_PIPELINE_ID"
+PARENT_VARIABLE = "FAST_GOAL_PARENT_RUN"  # the id of the run that pipelines' runs stand below, for many that belong together
+DVC_EXPERIMENT_VARIABLE = "DVC_EXP_NAME"  # which DVC sets
 
 
 def pipeline_id() -> str:
@@ -37,6 +39,16 @@ def pipeline_id() -> str:
         except psutil.Error:  # it ended meanwhile, or belongs to somebody else
             continue
     return f"single-{uuid.uuid4().hex}"
+
+
+def parent_run() -> str | None:
+    """The MLflow run that this pipeline's run stands below, if any."""
+    return os.environ.get(PARENT_VARIABLE) or None
+
+
+def dvc_experiment() -> str | None:
+    """The name of DVC's experiment that this step belongs to, if any."""
+    return os.environ.get(DVC_EXPERIMENT_VARIABLE) or None
 
 
 def is_dvc(name: str, command: list[str]) -> bool:

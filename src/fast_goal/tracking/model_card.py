@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fast_goal.config import Params
+from fast_goal.config import FinetuneConfig, Params
 
+IN_FULL = ("long", "short", "localisation")  # tasks of which the table has every metric
 NAMES = {"text_to_image": "text → image", "image_to_text": "image → text"}
 
 
@@ -49,8 +50,9 @@ def comparisons(metrics: Mapping[str, Any], path: Sequence[str] = ()) -> Iterato
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:
-    """The comparisons as a Markdown table, without the slices by caption length; a sentence if there are none."""
-    rows = [row for row in comparisons(metrics) if "slices" not in row.name.split(" · ")]
+    """The comparisons as a Markdown table, a sentence if there are none. The slices are left out; of the tasks beside
+    retrieval and localisation only what they come down to."""
+    rows = [row for row in comparisons(metrics) if _in_table(row.name.split(" · "))]
     if not rows:
         return "No metrics compare the two models."
     lines = [
@@ -66,15 +68,21 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _in_table(path: Sequence[str]) -> bool:
+    if any(part.startswith("slices") for part in path):
+        return False
+    return any(task in path for task in IN_FULL) or "drop" in path or path[-1].startswith("mAP")
+
+
 def model_card(
     params: Params, datasets: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], tags: Mapping[str, str]
 ) -> str:
     """The card as Markdown.
 
-    datasets: the contents of data/records/<name>.json, the training data set first. metrics: models/reports/metrics.json.
+    datasets: the contents of data/records/<name>.json, those trained on first. metrics: models/reports/metrics.json.
     tags: what the registered version carries (commit, digests).
     """
-    base, finetune, objective = params.base, params.finetune, params.objective
+    base, first = params.base, params.intermediate
     scratch = base.kind == "scratch"
     origin = (
         f"a small CLIP trained from scratch for {base.scratch.steps} steps on short captions"
@@ -112,10 +120,11 @@ def model_card(
             "`data/` are an open_clip folder: `open_clip.create_model_and_transforms('local-dir:...')` loads it.",
             "",
             "## Method",
-            f"From {origin}, fine-tuned with the objective `{objective.get('name')}` (weights {objective.get('weights')}) for "
-            f"{finetune.epochs} epochs: batch {finetune.batch_size}, learning rate {finetune.learning_rate:g}, weight decay "
-            f"{finetune.weight_decay:g}, seed {params.seed}. Text context: {base.context_length} tokens. Pairs of region and "
-            f"sentence were found by FLISM (regions: {params.flism.regions}, best {params.flism.top_k} per image).",
+            f"From {origin}, fine-tuned "
+            + (f"first on `{first.dataset}` {_training(first.objective, first.training)}; then " if first.dataset else "")
+            + f"on `{params.download.train_dataset}` {_training(params.objective, params.finetune)}. Seed {params.seed}. Text "
+            f"context: {base.context_length} tokens. Pairs of region and sentence were found by FLISM (regions: "
+            f"{params.flism.regions}, best {params.flism.top_k} per image).",
             "",
             "## Data",
             *[_dataset_line(info, params) for info in datasets],
@@ -138,9 +147,16 @@ def model_card(
     )
 
 
+def _training(objective: Mapping[str, Any], training: FinetuneConfig) -> str:
+    return (
+        f"with the objective `{objective.get('name')}` (weights {objective.get('weights')}) for {training.epochs} epochs: "
+        f"batch {training.batch_size}, learning rate {training.learning_rate:g}, weight decay {training.weight_decay:g}"
+    )
+
+
 def _dataset_line(info: Mapping[str, Any], params: Params) -> str:
     counts = ", ".join(f"{split} {count:,}" for split, count in info["splits"].items() if count)
-    role = "training" if info["name"] == params.download.train_dataset else "evaluation only"
+    role = "training" if info["name"] in params.training_datasets else "evaluation only"
     what = f"* `{info['name']}` ({role}; source `{info['source']}`)"
     return f"{what}: {info['images']:,} images ({counts}), digest `{info['digest']}`."
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 COLUMNS = ("text", "image")
 BATCH_SIZE = 64
 ROWS_NAMED = 10  # bad rows named in one error
+_log = logging.getLogger(__name__)
 
 
 def _load_pyfunc(data_path: str) -> Embedder:
@@ -49,9 +51,9 @@ class Embedder:
         """One embedding per row, in the order and with the index of `model_input`.
 
         `model_input` has the columns `text`, `image` or both, and each row has exactly one of them: a text, or the bytes
-        of an image file (as bytes, or as base64 text). Texts beyond the model's context length are cut. Returns the
-        column `embedding`: lists of D floats of unit length. Raises DataError naming the rows that cannot be used;
-        then nothing is embedded. `params` is MLflow's and has no meaning here.
+        of an image file (as bytes, or as base64 text). Texts beyond the model's context length are cut off, and a warning
+        in the log counts them. Returns the column `embedding`: lists of D floats of unit length. Raises DataError naming
+        the rows that cannot be used; then nothing is embedded. `params` is MLflow's and has no meaning here.
         """
         import pandas as pd
 
@@ -86,10 +88,20 @@ class Embedder:
         from fast_goal.data.captions import tokenize, trim
 
         made: list[list[float]] = []
+        cut = 0
         with torch.inference_mode():
             for start in range(0, len(texts), BATCH_SIZE):
-                tokens, _ = tokenize(texts[start : start + BATCH_SIZE], self.clip.context_length)
+                tokens, lengths = tokenize(texts[start : start + BATCH_SIZE], self.clip.context_length)
+                cut += int((lengths > self.clip.context_length).sum())
                 made += self.clip.encode_text(trim(tokens).to(self._device)).float().cpu().tolist()
+        if cut:
+            _log.warning(
+                "%d of %d texts (%.1f %%) are longer than the model's %d tokens and were cut off.",
+                cut,
+                len(texts),
+                100 * cut / len(texts),
+                self.clip.context_length,
+            )
         return made
 
     def embed_images(self, images: Sequence[Image.Image]) -> list[list[float]]:

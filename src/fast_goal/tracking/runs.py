@@ -5,7 +5,7 @@
 
 The run of a step is named after the step and tagged with commit, hash of dvc.lock and data set. The run of the pipeline,
 found again by the steps that follow through its tag `fast_goal.pipeline_id`, carries all parameters and the headline
-metrics; it fails with its steps.
+metrics; it fails with its steps. The load of the machine is recorded beside a step's own metrics, as `system/...`.
 
 Recording never stops the work. When the store goes away in the middle, one warning is printed, everything is kept in
 memory and tried again, and what could not be handed over in the end is named.
@@ -32,6 +32,7 @@ from fast_goal.config import Params, to_dict
 from fast_goal.errors import FastGoalError
 from fast_goal.tracking import identity
 from fast_goal.tracking.server import connect, tracking_uri
+from fast_goal.tracking.system_metrics import SystemMetrics
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -95,6 +96,7 @@ class MlflowTracker:
         self._begin = time.monotonic()
         self._thread = threading.Thread(target=self._send_regularly, name="tracking", daemon=True)
         self._thread.start()
+        self._system = SystemMetrics(lambda values, number: self._collect(run_id, values, number))
 
     def params(self, values: Mapping[str, Any]) -> None:
         self._log_params(self._run, values)
@@ -139,6 +141,7 @@ class MlflowTracker:
 
     def finish(self, status: str, message: str = "") -> None:
         """Hands over what is left and closes the run: FINISHED, FAILED or KILLED, with the reason as the tag `error`."""
+        self._system.stop()
         self.metrics({"seconds_total": time.monotonic() - self._begin, "peak_memory_gb": _peak_memory()})
         if message:
             self.tags({"error": message})
@@ -314,25 +317,29 @@ def _open(step: str, params: Params) -> MlflowTracker:
         "dataset": dataset,
         "experiment": params.experiment,
     }
+    named = identity.dvc_experiment()
+    if named:
+        tags["dvc_experiment"] = named
     try:
         _close_dead_runs(client, experiment_id)
-        parent, is_new = _pipeline_run(client, experiment_id, tags, f"{params.experiment}-{dataset}-{commit[:7]}")
+        pipeline_run, is_new = _pipeline_run(client, experiment_id, tags, named or f"{params.experiment}-{dataset}-{commit[:7]}")
         child = client.create_run(
             experiment_id,
             run_name=step,
-            tags={**tags, "fast_goal.role": "step", "step": step, MLFLOW_PARENT_RUN_ID: parent},
+            tags={**tags, "fast_goal.role": "step", "step": step, MLFLOW_PARENT_RUN_ID: pipeline_run},
         )
     except MlflowException as error:
         raise FastGoalError(f"MLFLOW_TRACKING_URI = {tracking_uri()} refused a new run: {error}") from None
-    tracker = MlflowTracker(client, child.info.run_id, parent)
+    tracker = MlflowTracker(client, child.info.run_id, pipeline_run)
     if is_new:
-        tracker._log_params(parent, to_dict(params))
+        tracker._log_params(pipeline_run, to_dict(params))
     return tracker
 
 
 def _pipeline_run(client: MlflowClient, experiment_id: str, tags: dict[str, str], name: str) -> tuple[str, bool]:
     """(run id, whether it is new). A run found again is set to RUNNING and to what this step knows."""
     from mlflow.entities import RunTag
+    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
     pipeline = tags["fast_goal.pipeline_id"]
     found = client.search_runs(
@@ -341,7 +348,9 @@ def _pipeline_run(client: MlflowClient, experiment_id: str, tags: dict[str, str]
         max_results=1,
     )
     if not found:
-        made = client.create_run(experiment_id, run_name=name, tags={**tags, "fast_goal.role": "pipeline"})
+        above = identity.parent_run()
+        parent = {MLFLOW_PARENT_RUN_ID: above} if above else {}
+        made = client.create_run(experiment_id, run_name=name, tags={**tags, **parent, "fast_goal.role": "pipeline"})
         return made.info.run_id, True
     run_id = found[0].info.run_id
     client.update_run(run_id, status="RUNNING")

@@ -13,34 +13,46 @@ import multiprocessing
 import os
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from fast_goal.config import FinetuneConfig
 from fast_goal.data.captions import tokenize, trim
-from fast_goal.data.images import crop, open_image
 from fast_goal.data.records import Dataset
+from fast_goal.data.shards import ShardImages
 from fast_goal.environment import prepare
 from fast_goal.errors import DataError, FastGoalError
 from fast_goal.model.clip import Clip
+from fast_goal.objectives import Objective
 from fast_goal.training.alignment import ALIGNMENTS, Alignment
 from fast_goal.training.distributed import Group
+from fast_goal.training.gpu_decoding import Encoded, GpuDecoder, check_gpu, encoded
+from fast_goal.training.order import EpochBatches
+from fast_goal.training.pixels import CachedViews
+from fast_goal.training.views import Files, Views
 
-POOL = 50  # batches that are sorted by length together, a guess: more leave less to chance and trim no better
+PIXELS, SHARDS = Path(".fast_goal/pixels"), Path(".fast_goal/shards")
 ENDED = ("exited unexpectedly", "killed by signal")  # torch's words for a dead worker
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """One batch. Row i of the local fields belongs to the sample `local_rows[i]` of the global ones, which is ascending.
 
-    images [B+P, 3, S, S]: the global images, then the local crops. long_tokens [B, L], sentence_tokens [P, L'].
+    images uint8 [B+P, 3, S, S]: the global images, then the local crops; `batch_features` normalises them. long_tokens [B, L],
+    sentence_tokens [P, L'].
     local_rows [P]. boxes [P, 4]: the local box in pixels of the global input, zeros when nothing of it is visible.
     spans [P, 2]: the sentence's positions in its row of long_tokens, last exclusive, (0, 0) when none is visible.
     regions [P, 4]: the local box in pixels of its original image.
@@ -108,6 +120,9 @@ class PairDataset(TorchDataset):
     without a local pair contributes its global image and caption only; with `local` False no sample has one, with `best`
     False a sample has all of its pairs; `alignment`: see training/alignment.py. `counts` says how many samples, or pairs,
     are affected by what.
+
+    scaled: see training/views.py. shards: a folder of tar files to read the images from. pixel_cache: the folder that keeps
+    the views. gpu: where JPEG files are decoded; `samples[indices]` is then (a Batch without images, Encoded).
     """
 
     def __init__(
@@ -120,8 +135,12 @@ class PairDataset(TorchDataset):
         best: bool = True,
         group: Group | None = None,
         alignment: str = "exact",
+        scaled: bool = False,
+        shards: Path | None = None,
+        pixel_cache: Path | None = None,
+        gpu: torch.device | None = None,
     ):
-        self._group = group or Group()
+        self._group, self.gpu = group or Group(), gpu
         records = dataset.split(split)
         described = records[records["long_caption"].str.strip() != ""]
         if described.empty:
@@ -132,15 +151,13 @@ class PairDataset(TorchDataset):
             raise DataError(
                 f"The objective needs local pairs, but data set {dataset.name!r} has no pairs table: run `fast-goal flism`."
             )
-        # Only what a batch needs: the workers get a copy. Absolute, because they may start in another folder.
-        self._paths = [dataset.path(path).absolute() for path in described["image_path"]]
+        # Only what a batch needs: the workers get a copy.
         self.image_ids = described["image_id"].tolist()
+        hashes = described["content_hash"].tolist() if "content_hash" in described else None
         # the same picture under two ids counts as one
-        self.groups: list[int] = pd.factorize(described["content_hash" if "content_hash" in described else "image_id"])[
-            0
-        ].tolist()
+        self.groups: list[int] = pd.factorize(described["image_id" if hashes is None else "content_hash"])[0].tolist()
         self._view = clip.view(1, 1)
-        self._sizes = list(zip(described["width"].tolist(), described["height"].tolist(), strict=True))
+        sizes = described[["width", "height"]].to_numpy(dtype=np.int64)
         long_tokens, lengths = tokenize(described["long_caption"].tolist(), clip.context_length)
         self._long_tokens = trim(long_tokens).int()
         self.lengths: list[int] = lengths.clamp(max=clip.context_length).tolist()  # tokens of each long caption
@@ -150,44 +167,54 @@ class PairDataset(TorchDataset):
             "truncated_captions": int((lengths > clip.context_length).sum()),
         }
         # the pairs of sample i are the rows first[i] to first[i + 1] of the tables of local pairs
-        self._first = torch.zeros(len(described) + 1, dtype=torch.int64)
+        self._first = np.zeros(len(described) + 1, dtype=np.int64)
         self._weights = torch.zeros(0)
         self._boxes, self._spans = torch.zeros(0, 4), torch.zeros(0, 2, dtype=torch.int64)
-        self._regions = torch.zeros(0, 4)
+        crops, self._regions = np.zeros((0, 4)), torch.zeros(0, 4)
         self._sentence_tokens = torch.zeros(0, 1, dtype=torch.int32)
         if local:
             chosen = pairs[pairs["rank"] == 1] if best else pairs
-            self._add_pairs(described, chosen, dataset.name, clip.context_length, ALIGNMENTS[alignment])
+            crops = self._add_pairs(described, chosen, dataset.name, clip, ALIGNMENTS[alignment])
         for name, count in self.counts.items():
             if count and name in _REASONS:
                 whole = self.counts["pairs"] if name in _OF_PAIRS else len(described)
                 what = "pairs" if name in _OF_PAIRS else "samples"
                 _log.warning("%s, split %s: %d of %d %s %s.", dataset.name, split, count, whole, what, _REASONS[name])
+        paths = described["image_path"].tolist()
+        if shards is not None:
+            source = ShardImages(shards, self.image_ids, paths, hashes, SHARDS)
+        else:  # absolute, because the workers may start in another folder
+            source = Files([dataset.path(path).absolute() for path in paths])
+        self.views = Views(source, sizes, self._view, self._first, crops, hashes, scaled)
+        self._pixels = self.views if pixel_cache is None else CachedViews(self.views, pixel_cache.absolute(), self._group.main)
 
     def _add_pairs(
-        self, described: pd.DataFrame, pairs: pd.DataFrame, name: str, context_length: int, alignment: Alignment
-    ) -> None:
+        self, described: pd.DataFrame, pairs: pd.DataFrame, name: str, clip: Clip, alignment: Alignment
+    ) -> np.ndarray:
+        """Returns the regions, float64 [M, 4]."""
+        context_length = clip.context_length
         sample = {image_id: row for row, image_id in enumerate(described["image_id"])}
         own = pairs[pairs["image_id"].isin(sample)]
         own = own.assign(sample=own["image_id"].map(sample)).sort_values(["sample", "rank"], kind="stable")
-        count = torch.bincount(torch.tensor(own["sample"].to_numpy(dtype="int64")), minlength=len(described))
-        self._first[1:] = count.cumsum(0)
-        self._crops = own[["x1", "y1", "x2", "y2"]].to_numpy(dtype=float)
+        count = np.bincount(own["sample"].to_numpy(dtype=np.int64), minlength=len(described))
+        self._first[1:] = count.cumsum()
+        crops = own[["x1", "y1", "x2", "y2"]].to_numpy(dtype=float)
         weights = own["weight"] / own.groupby("sample")["weight"].transform("sum")  # a best pair alone has all the weight
         self._weights = torch.tensor(weights.to_numpy(), dtype=torch.float32)
         captions = described["long_caption"].tolist()
+        sizes = list(zip(described["width"].tolist(), described["height"].tolist(), strict=True))
         boxes, spans = [], []
-        for box, pair in zip(self._crops, own.itertuples(), strict=True):
+        for box, pair in zip(crops, own.itertuples(), strict=True):
             caption = captions[pair.sample]
             if caption[pair.char_start : pair.char_end] != pair.sentence:
                 raise DataError(
                     f"pairs of {name!r}: image {pair.image_id!r} has the sentence {pair.sentence!r}, but its long "
                     f"caption reads {caption[pair.char_start : pair.char_end]!r} there. Run `fast-goal flism` again."
                 )
-            width, height = self._sizes[pair.sample]
-            boxes.append(alignment.box(dataclasses.replace(self._view, width=width, height=height), box))
+            width, height = sizes[pair.sample]
+            boxes.append(alignment.box(dataclasses.replace(self._view, width=width, height=height), box, clip.patch_size))
             spans.append(alignment.span(caption, pair.char_start, pair.char_end, context_length))
-        self._regions = torch.tensor(self._crops, dtype=torch.float32).reshape(-1, 4)
+        self._regions = torch.tensor(crops, dtype=torch.float32).reshape(-1, 4)
         self._boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
         self._spans = torch.tensor(spans, dtype=torch.int64).reshape(-1, 2)
         sentences, lengths = tokenize(own["sentence"].tolist(), context_length)
@@ -199,44 +226,32 @@ class PairDataset(TorchDataset):
             "without_visible_span": int((self._spans[:, 1] <= self._spans[:, 0]).sum()),
             "truncated_sentences": int((lengths > context_length).sum()),
         }
+        return crops
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.image_ids)
 
-    def __getitem__(self, indices: list[int]) -> Batch:
+    def __getitem__(self, indices: list[int]) -> Batch | tuple[Batch, Encoded]:
         """The batch of these samples. Raises DataError, which names the image that cannot be used."""
-        share = len(indices) // self._group.world
-        shares = [indices[number * share : (number + 1) * share] for number in range(self._group.world)]
-        rank_pairs = tuple(sum(int(self._first[index + 1] - self._first[index]) for index in own) for own in shares)
-        indices = shares[self._group.rank]
-        chosen = torch.tensor(indices)
-        ranges = [torch.arange(int(self._first[index]), int(self._first[index + 1])) for index in indices]
-        pairs = torch.cat(ranges)  # [P]
-        local_rows = torch.arange(len(indices)).repeat_interleave(torch.tensor([len(rows) for rows in ranges]))
-        images, crops = [], []
-        for index, rows in zip(indices, ranges, strict=True):
-            image = open_image(self._paths[index])
-            width, height = self._sizes[index]
-            if image.size != (width, height):
-                raise DataError(
-                    f"{self._paths[index]} is {image.width} x {image.height} pixels, but the records say {width} x {height}: "
-                    f"the file was changed. Run `fast-goal download` again."
-                )
-            images.append(dataclasses.replace(self._view, width=width, height=height).apply(image))
-            for row in rows.tolist():
-                part = crop(image, self._crops[row])
-                crops.append(dataclasses.replace(self._view, width=part.width, height=part.height).apply(part))
-        return Batch(
-            images=torch.stack(images + crops),
-            long_tokens=self._text(self._long_tokens, chosen),
-            sentence_tokens=self._text(self._sentence_tokens, pairs),
-            local_rows=local_rows,
-            boxes=self._boxes[pairs],
-            spans=self._spans[pairs],
-            regions=self._regions[pairs],
-            local_weights=self._weights[pairs],
-            rank_pairs=rank_pairs,
+        shares = np.array(indices).reshape(self._group.world, -1)
+        counts = self._first[shares + 1] - self._first[shares]  # local pairs of each sample
+        own, count = shares[self._group.rank], counts[self._group.rank]
+        local_rows = np.repeat(np.arange(len(own)), count)
+        within = np.arange(len(local_rows)) - (np.cumsum(count) - count)[local_rows]
+        pairs = self._first[own][local_rows] + within  # [P]
+        chosen = torch.from_numpy(pairs)
+        batch = Batch(
+            images=self.views.empty(0) if self.gpu is not None else self._pixels.batch(own, pairs),
+            long_tokens=self._text(self._long_tokens, torch.from_numpy(own)),
+            sentence_tokens=self._text(self._sentence_tokens, chosen),
+            local_rows=torch.from_numpy(local_rows),
+            boxes=self._boxes[chosen],
+            spans=self._spans[chosen],
+            regions=self._regions[chosen],
+            local_weights=self._weights[chosen],
+            rank_pairs=tuple(counts.sum(axis=1).tolist()),
         )
+        return batch if self.gpu is None else (batch, encoded(self.views, own))
 
     @staticmethod
     def _text(tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -254,130 +269,34 @@ _REASONS = {
 _OF_PAIRS = ("without_visible_box", "without_visible_span", "truncated_sentences")
 
 
-class EpochBatches(Sampler[list[int]]):
-    """The indices of every batch: a shuffle that depends on (seed, epoch) alone, from any step of the epoch on.
-
-    The last, smaller batch is dropped, because the contrastive loss depends on the batch size. With fewer samples than
-    one batch, every batch holds them all. `groups` [samples]: samples of the same group, such as two captions of one image,
-    do not meet in a batch, where each would be a false negative of the other. `lengths` [samples]: the batches are made of
-    samples of similar length, as near as a random pool of them has, and come in random order.
-    """
-
-    def __init__(
-        self,
-        samples: int,
-        batch_size: int,
-        seed: int,
-        groups: Sequence[int] | None = None,
-        lengths: Sequence[int] | None = None,
-    ):
-        self._samples, self.batch_size, self._seed = samples, min(batch_size, samples), seed
-        self.steps = samples // self.batch_size
-        self._epoch, self._start = 0, 0
-        self._groups = groups if groups is not None and len(set(groups)) < samples else None
-        self._lengths = lengths
-        if self.batch_size < batch_size:
-            _log.warning("Only %d samples for a batch of %d: every batch holds them all.", samples, batch_size)
-
-    def start(self, epoch: int, step: int = 0) -> None:
-        """Chooses the epoch and its first step for the next iteration."""
-        self._epoch, self._start = epoch, step
-
-    def __len__(self) -> int:
-        return self.steps - self._start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = self._order(self._epoch)
-        for step in range(self._start, self.steps):
-            yield order[step * self.batch_size : (step + 1) * self.batch_size]
-
-    def at(self, epoch: int, step: int) -> list[int]:
-        """The indices of one batch."""
-        return self._order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
-
-    def _order(self, epoch: int) -> list[int]:
-        generator = epoch_generator(self._seed, epoch)
-        order = torch.randperm(self._samples, generator=generator).tolist()
-        if self._lengths is not None:
-            order = self._by_length(order)
-        if self._groups is not None:
-            order = spread(order, self._groups, self.batch_size)
-        if self._lengths is None:
-            return order
-        size = self.batch_size
-        return [
-            index
-            for batch in torch.randperm(self.steps, generator=generator).tolist()
-            for index in order[batch * size : (batch + 1) * size]
-        ]
-
-    def _by_length(self, order: list[int]) -> list[int]:
-        """What fills whole batches, sorted by length within each of several pools; what is dropped stays random."""
-        whole = order[: self.steps * self.batch_size]
-        pool = max(min(POOL, self.steps // 4), 1) * self.batch_size
-        made: list[int] = []
-        for number, first in enumerate(range(0, len(whole), pool)):
-            # up and down in turn: where pools meet, and `spread` moves samples on, the lengths are similar
-            made += sorted(whole[first : first + pool], key=self._lengths.__getitem__, reverse=number % 2 == 1)
-        return made
-
-
-def spread(order: Sequence[int], groups: Sequence[int], batch_size: int) -> list[int]:
-    """The same samples in an order in which no batch holds two of one group, as near to `order` as that allows.
-
-    A sample that would meet another of its group waits for the next batch; what has none to wait for changes places with a
-    sample of an earlier one. Where a group has more samples than there are batches, what is left meets after all.
-    """
-    made: list[int] = []
-    waiting: deque[int] = deque()
-    rest = iter(order)
-    while len(made) < len(order):
-        batch: list[int] = []
-        inside: set[int] = set()
-        again: deque[int] = deque()
-        while len(batch) < batch_size:
-            if waiting:
-                sample = waiting.popleft()
-            elif (sample := next(rest, -1)) < 0:
-                break
-            if groups[sample] in inside:
-                again.append(sample)
-            else:
-                inside.add(groups[sample])
-                batch.append(sample)
-        waiting.extendleft(reversed(again))
-        while len(batch) < batch_size and waiting:  # nobody else is left
-            batch.append(waiting.popleft())
-        made += batch
-    _part(made, groups, batch_size)
-    return made
-
-
-def _part(order: list[int], groups: Sequence[int], batch_size: int) -> None:
-    """Where two of a group are in one batch, exchanges one with a sample of the nearest earlier batch that allows it."""
-    batches = range(0, len(order), batch_size)
-    inside = [Counter(groups[sample] for sample in order[first : first + batch_size]) for first in batches]
-    for number, first in enumerate(batches):
-        for place in range(first, min(first + batch_size, len(order))):
-            own = groups[order[place]]
-            if inside[number][own] < 2:
-                continue
-            for earlier in range(number - 1, -1, -1):
-                if inside[earlier][own]:
-                    continue
-                start = earlier * batch_size
-                free = (at for at in range(start, start + batch_size) if not inside[number][groups[order[at]]])
-                if (other := next(free, None)) is not None:
-                    theirs = groups[order[other]]
-                    order[place], order[other] = order[other], order[place]
-                    inside[number].update({theirs: 1, own: -1})
-                    inside[earlier].update({own: 1, theirs: -1})
-                    break
-
-
-def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """A generator of its own for each (seed, epoch), so that what is drawn in an epoch needs no history."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+def pair_dataset(
+    dataset: Dataset,
+    split: str,
+    pairs: pd.DataFrame | None,
+    clip: Clip,
+    objective: Objective,
+    config: FinetuneConfig,
+    group: Group,
+    device: torch.device,
+    section: str = "finetune",
+) -> PairDataset:
+    """The samples as the settings `section` say. Raises DataError, and ConfigError where a GPU is to decode and cannot."""
+    if config.decode == "gpu":
+        check_gpu(device, section)
+    return PairDataset(
+        dataset,
+        split,
+        pairs,
+        clip,
+        local=objective.needs_local,
+        best=config.pairs == "best",
+        group=group,
+        alignment=objective.alignment,
+        scaled=config.scaled_decoding,
+        shards=None if config.shards is None else Path(config.shards),
+        pixel_cache=PIXELS if config.pixel_cache else None,
+        gpu=device if config.decode == "gpu" else None,
+    )
 
 
 class Loader:
@@ -391,8 +310,9 @@ class Loader:
         workers: int = 0,
         pin_memory: bool = False,
         length_groups: bool = False,
+        section: str = "finetune",
     ):
-        self._samples = samples
+        self._samples, self._section = samples, section
         self._order = EpochBatches(len(samples), batch_size, seed, samples.groups, samples.lengths if length_groups else None)
         self.steps, self.batch_size = self._order.steps, self._order.batch_size
         context = None
@@ -412,6 +332,7 @@ class Loader:
             pin_memory=pin_memory,
             generator=torch.Generator(),  # else the loader draws from the global one
         )
+        self._decoder = None if samples.gpu is None else GpuDecoder(samples.views, samples.gpu)
 
     def image_ids(self, step: int) -> list[str]:
         """Of which images the batch of a step, counted from 0 over all epochs, is made."""
@@ -426,6 +347,17 @@ class Loader:
         if start >= self.steps:
             return
         self._order.start(epoch, start)
+        loaded = self._loaded()
+        if self._decoder is None:
+            yield from loaded
+            return
+        for batch, images in ahead(loaded, lambda item: (item[0], self._decoder(item[1]))):
+            if images.is_cuda:  # made on another stream: not to be given away while this one reads them
+                images.record_stream(torch.cuda.current_stream(images.device))
+            yield dataclasses.replace(batch, images=images)
+
+    def _loaded(self) -> Iterator[Batch | tuple[Batch, Encoded]]:
+        """What the workers hand over."""
         batches = iter(self._loader)
         while True:
             try:
@@ -436,13 +368,26 @@ class Loader:
                 reason = str(error) or type(error).__name__
                 raise FastGoalError(
                     f"A process that decodes images ended ({reason}), as when the system kills it for lack of memory: lower "
-                    "finetune.workers or finetune.batch_size, and run the step again."
+                    f"{self._section}.workers or {self._section}.batch_size, and run the step again."
                 ) from None
             if batch is None:
                 return
             if isinstance(batch, DataError):
                 raise batch
             yield batch
+
+
+def ahead(items: Iterable[T], function: Callable[[T], R]) -> Iterator[R]:
+    """`function` of each item in turn, computed by a thread while the result before it is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: Future[R] | None = None
+        for item in items:
+            following = pool.submit(function, item)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()
 
 
 class _Guarded(TorchDataset):
@@ -454,14 +399,14 @@ class _Guarded(TorchDataset):
     def __len__(self) -> int:
         return len(self._samples)
 
-    def __getitem__(self, indices: list[int]) -> Batch | DataError:
+    def __getitem__(self, indices: list[int]) -> Batch | tuple[Batch, Encoded] | DataError:
         try:
             return self._samples[indices]
         except DataError as error:
             return error
 
 
-def _unchanged(batch: Batch | DataError) -> Batch | DataError:
+def _unchanged(batch: T) -> T:
     return batch
 
 

@@ -1,7 +1,8 @@
 """Resume states: everything a killed training needs to go on as if nothing had happened.
 
-A state is one file, written under a temporary name and renamed, and read with `weights_only=True`. It carries a key, a
-digest of the parameters and inputs of the training; a state of another training is never continued.
+A training has one path, `<name>.pt`, and beside it its last states, `<name>.<step>.pt`, each written under a temporary name
+and renamed, and read with `weights_only=True`. A state carries a key, a digest of the parameters and inputs of the training;
+a state of another training is never continued.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import errno
 import logging
 import pickle
+import re
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,17 @@ import torch
 from fast_goal.errors import FastGoalError
 from fast_goal.files import atomic_path
 
-VERSION = 2
+VERSION = 3
 _log = logging.getLogger(__name__)
+
+
+def states(path: Path | str) -> dict[int, Path]:
+    """The states of the training with this path by their steps, the newest first."""
+    path = Path(path)
+    pattern = re.compile(rf"{re.escape(path.stem)}\.(\d{{8,}}){re.escape(path.suffix)}")
+    matches = [pattern.fullmatch(file.name) for file in path.parent.glob("*")]
+    found = {int(match[1]): path.with_name(match[0]) for match in matches if match}
+    return dict(sorted(found.items(), reverse=True))
 
 
 def save_state(
@@ -29,13 +41,15 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     progress: dict[str, Any],
     average: torch.nn.Module | None = None,
+    keep: int = 1,
 ) -> None:
-    """Writes the state atomically. `progress` holds plain values: steps done, seconds spent, the history so far;
-    `average` is the average of the model's weights, where one is kept.
+    """Writes the state atomically, then removes all but the last `keep`. `progress` holds plain values: steps done (`step`),
+    seconds spent, the history so far; `average` is the average of the model's weights, where one is kept.
 
-    Raises FastGoalError when the disk is full; the former state, if any, is then still there and whole.
+    Raises FastGoalError when the disk is full; the former states, if any, are then still there and whole.
     """
     path = Path(path)
+    target = path.with_name(f"{path.stem}.{progress['step']:08d}{path.suffix}")
     state = {
         "version": VERSION,
         "key": key,
@@ -48,16 +62,21 @@ def save_state(
     }
     try:
         # Through an open file: torch's own writer loses the reason for a failed write.
-        with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        with atomic_path(target) as temporary, temporary.open("wb") as stream:
             torch.save(state, stream)
     except (OSError, RuntimeError) as error:
         if not _disk_full(error):
             raise
         free = shutil.disk_usage(path.parent).free
+        fewer = f", or set keep_states below {keep} in params.yaml" if keep > 1 else ""
         raise FastGoalError(
-            f"No space left for the resume state {path} (about {_megabytes(state):,.0f} MB needed, {free / 1e6:,.0f} MB free). "
-            f"Free some disk space and run the step again; it continues at the last state that was written."
+            f"No space left for the resume state {target} (about {_megabytes(state):,.0f} MB needed, {free / 1e6:,.0f} MB "
+            f"free). Free some disk space{fewer}, and run the step again; it continues at the last state that was written."
         ) from None
+    found = states(path)
+    kept = [step for step in found if step <= progress["step"]][:keep]  # a later one could not be continued
+    for step in found.keys() - kept:
+        found[step].unlink(missing_ok=True)
 
 
 def load_state(
@@ -67,40 +86,56 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     average: torch.nn.Module | None = None,
 ) -> dict[str, Any] | None:
-    """Puts a saved state into the model, the optimiser and the average, and returns its `progress`; None when there is none
+    """Puts the newest state into the model, the optimiser and the average, and returns its `progress`; None when there is none
     to continue.
 
-    A state of another key or version, or one that cannot be read, is left alone with a warning: the training starts from
-    the beginning and will overwrite it.
+    A state of another key or version, or one that cannot be read, is left alone with a warning and the one before is taken;
+    without another the training starts from the beginning. Those left alone are removed as new ones are written.
     """
     path = Path(path)
     _remove_halves(path)
-    if not path.exists():
-        return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        _log.warning("The resume state %s cannot be read (%s): starting from the beginning.", path, error)
-        return None
-    if not isinstance(state, dict) or state.get("version") != VERSION or state.get("key") != key:
-        _log.warning("The resume state %s belongs to other parameters or inputs: starting from the beginning.", path)
-        return None
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    if average is not None:
-        average.load_state_dict(state["average"])
-    torch.set_rng_state(state["rng"])
-    if state["cuda_rng"] and len(state["cuda_rng"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
-    return state["progress"]
+    files = list(states(path).values())
+    for file in files:
+        state = _read(file, key)
+        if state is None:
+            continue
+        if file is not files[0]:
+            _log.warning("Continuing with the resume state before it, %s.", file)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if average is not None:
+            average.load_state_dict(state["average"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] and len(state["cuda_rng"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        return state["progress"]
+    if files:
+        _log.warning("Starting from the beginning.")
+    return None
 
 
 def remove_state(path: Path | str) -> None:
-    """Removes a state, and what a killed save left beside it, once the result it led to is written."""
+    """Removes the states of a training, and what a killed save left beside them, once the result they led to is written."""
     path = Path(path)
-    path.unlink(missing_ok=True)
-    path.with_name(f"{path.name}.best").unlink(missing_ok=True)
+    for file in (path, path.with_name(f"{path.name}.best"), *states(path).values()):
+        file.unlink(missing_ok=True)
     _remove_halves(path)
+
+
+def _read(file: Path, key: str) -> dict[str, Any] | None:
+    """The state in the file; None, with a warning, for one that cannot be continued."""
+    try:
+        with zipfile.ZipFile(file) as archive:  # torch itself does not look at the checksums
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} is damaged")
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        _log.warning("The resume state %s cannot be read (%s).", file, error)
+        return None
+    if not isinstance(state, dict) or state.get("version") != VERSION or state.get("key") != key:
+        _log.warning("The resume state %s belongs to other parameters or inputs.", file)
+        return None
+    return state
 
 
 def _disk_full(error: BaseException | None) -> bool:
@@ -111,8 +146,11 @@ def _disk_full(error: BaseException | None) -> bool:
 
 
 def _remove_halves(path: Path) -> None:
-    for half in path.parent.glob(f".{path.name}.*.tmp"):
-        half.unlink(missing_ok=True)
+    # of a state, or of the best epoch's weights; the number at the end is that of the process
+    pattern = re.compile(rf"\.{re.escape(path.stem)}(\.\d{{8,}})?{re.escape(path.suffix)}(\.best)?\.\d+\.tmp")
+    for half in path.parent.glob(".*.tmp"):
+        if pattern.fullmatch(half.name):
+            half.unlink(missing_ok=True)
 
 
 def _megabytes(state: dict[str, Any]) -> float:

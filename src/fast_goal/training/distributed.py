@@ -25,9 +25,12 @@ from fast_goal.errors import ConfigError, FastGoalError
 from fast_goal.objectives import Features
 
 TIMEOUT = timedelta(hours=1)  # the others wait while rank 0 measures on the validation split
+LOST = ("gloo", "NCCL")  # in the messages of torch's errors about a connection
 GLOBAL = ("image_global", "text_global")  # features [B, D]
-LOCAL = ("image_local", "text_local", "region", "sentence")  # features [P, D]
-WEIGHTS = ("region_weight", "sentence_weight", "local_weight")  # [P]
+LOCAL = (  # features [P, D], weights [P] and boxes [P, 4]
+    *("image_local", "text_local", "region", "sentence"),
+    *("region_weight", "sentence_weight", "local_weight", "local_boxes"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,10 @@ class Group:
     def main(self) -> bool:
         """Whether this process is the one that writes."""
         return self.rank == 0
+
+
+class Disconnected(FastGoalError):
+    """Another process of the group has gone."""
 
 
 def rank() -> int:
@@ -92,12 +99,27 @@ def process_group(device: torch.device) -> Iterator[Group]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         yield Group()
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    # gloo beside nccl: what the processes agree on between two steps waits for no GPU
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield Group(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def connected(group: Group) -> Iterator[None]:
+    """Raises Disconnected, instead of what torch makes of it, where another process of the group has gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if group.world == 1 or not (isinstance(error, dist.DistError) or any(word in str(error) for word in LOST)):
+            raise
+        raise Disconnected(
+            f"Process {group.rank} of {group.world} has lost another one, whose message tells why it ended "
+            f"({str(error).splitlines()[0]}). Run the step again: it continues at the last resume state."
+        ) from None
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -109,7 +131,7 @@ def own_device(device: torch.device) -> torch.device:
     return own
 
 
-def check_batch(batch_size: int, group: Group, samples: int | None = None) -> None:
+def check_batch(batch_size: int, group: Group, samples: int | None = None, section: str = "finetune") -> None:
     """Raises ConfigError for a batch that the processes cannot share evenly; of fewer `samples` than that it holds them all."""
     size = batch_size if samples is None else min(batch_size, samples)
     if size % group.world == 0:
@@ -117,39 +139,39 @@ def check_batch(batch_size: int, group: Group, samples: int | None = None) -> No
     share = size // group.world * group.world
     if size < batch_size:
         raise ConfigError(
-            f"finetune.batch_size = {batch_size}, but there are only {size} samples, which {group.world} processes cannot "
+            f"{section}.batch_size = {batch_size}, but there are only {size} samples, which {group.world} processes cannot "
             f"share evenly. Set it to {share}."
             if share
-            else f"finetune.processes: {group.world} processes cannot share {size} samples. Set it to {size}."
+            else f"{section}.processes: {group.world} processes cannot share {size} samples. Set it to {size}."
         )
     raise ConfigError(
-        f"finetune.batch_size = {batch_size} is that of all {group.world} processes together, and is no multiple of them. "
+        f"{section}.batch_size = {batch_size} is that of all {group.world} processes together, and is no multiple of them. "
         f"Set it to {share or group.world}."
     )
 
 
-def check_step(step: int, path: Path | str, group: Group, device: torch.device) -> None:
+def check_step(step: int, path: Path | str, group: Group) -> None:
     """Raises FastGoalError where the processes would not all begin at the same step."""
-    if any_rank(step != _of_main(step, group, device), group, device):
+    if any_rank(step != _of_main(step, group), group):
         raise FastGoalError(
             f"The processes do not begin at the same step, here after {step}: not all of them read the same resume state "
             f"{path}. Run every machine in the same folder of a shared file system, or remove the state to begin anew."
         )
 
 
-def _of_main(value: int, group: Group, device: torch.device) -> int:
+def _of_main(value: int, group: Group) -> int:
     if group.world == 1:
         return value
-    found = torch.tensor(value, device=device)
+    found = torch.tensor(value)
     dist.broadcast(found, 0)
     return int(found)
 
 
-def any_rank(value: bool, group: Group, device: torch.device) -> bool:
-    """Whether it is true on any of the processes; all must ask."""
+def any_rank(value: bool, group: Group) -> bool:
+    """Whether it is true on any of the processes; all must ask, and wait for each other, but for no GPU."""
     if group.world == 1:
         return value
-    found = torch.tensor(float(value), device=device)
+    found = torch.tensor(float(value))
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return bool(found)
 
@@ -164,32 +186,27 @@ def gathered(features: Features, pairs: Sequence[int], group: Group) -> Features
     if group.world == 1:
         return features
     rows = len(features.image_global)
-    joined = {}
-    whole = torch.cat([getattr(features, name) for name in GLOBAL], dim=1)  # [B / world, 2 D]
-    width = features.image_global.shape[1]
-    for name, value in zip(GLOBAL, _all(whole, [rows] * group.world, group).split(width, dim=1), strict=True):
-        joined[name] = value
-    columns = [getattr(features, name) for name in LOCAL]
-    columns += [getattr(features, name)[:, None] for name in WEIGHTS] + [features.local_boxes]
     # float32 holds row numbers exactly up to 2**24
-    columns.append((features.local_rows + group.rank * rows).to(whole.dtype)[:, None])
-    local = _all(torch.cat(columns, dim=1), pairs, group)
-    *parts, boxes, row = local.split([width] * len(LOCAL) + [1] * len(WEIGHTS) + [4, 1], dim=1)
-    for name, value in zip((*LOCAL, *WEIGHTS), parts, strict=True):
-        joined[name] = value if name in LOCAL else value[:, 0].detach()
+    own_rows = (features.local_rows + group.rank * rows).to(features.image_local.dtype)
+    joined = _all({name: getattr(features, name) for name in GLOBAL}, [rows] * group.world, group)
+    joined |= _all({name: getattr(features, name) for name in LOCAL} | {"local_rows": own_rows}, pairs, group)
     scale = features.scale
     scale = scale.detach() + (scale - scale.detach()) / group.world
-    return Features(**joined, local_boxes=boxes.detach(), local_rows=row[:, 0].detach().long(), scale=scale)
+    return Features(**joined | {"local_rows": joined["local_rows"].long()}, scale=scale)
 
 
-def _all(own: torch.Tensor, counts: Sequence[int], group: Group) -> torch.Tensor:
-    """The rows of all processes, `counts[r]` of rank r; only this process's own ones carry a gradient."""
-    longest = max(counts)
-    padded = own.new_zeros(longest, own.shape[1])
-    padded[: len(own)] = own.detach()
-    found = [torch.empty_like(padded) for _ in range(group.world)]
-    if longest:
-        dist.all_gather(found, padded)
-    parts = [part[:count] for part, count in zip(found, counts, strict=True)]
-    parts[group.rank] = own
-    return torch.cat(parts)
+def _all(own: dict[str, torch.Tensor], counts: Sequence[int], group: Group) -> dict[str, torch.Tensor]:
+    """The rows of all processes, `counts[r]` of rank r, exchanged at once; each tensor's own rows alone carry its gradient."""
+    columns = [value.detach() if value.ndim == 2 else value.detach()[:, None] for value in own.values()]
+    widths = [column.shape[1] for column in columns]
+    sent = columns[0].new_zeros(max(counts), sum(widths))
+    sent[: counts[group.rank]] = torch.cat(columns, dim=1)
+    found = [torch.empty_like(sent) for _ in counts]
+    if max(counts):
+        dist.all_gather(found, sent)
+    parts = [part[:count].split(widths, dim=1) for part, count in zip(found, counts, strict=True)]
+    joined = {}
+    for number, (name, value) in enumerate(own.items()):
+        others = [part[number].reshape(-1, *value.shape[1:]) for part in parts]
+        joined[name] = torch.cat([*others[: group.rank], value, *others[group.rank + 1 :]])
+    return joined

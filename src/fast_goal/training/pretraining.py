@@ -28,8 +28,8 @@ from fast_goal.errors import DataError
 from fast_goal.model.clip import Clip
 from fast_goal.objectives.contrastive import clip_loss
 from fast_goal.progress import Progress
-from fast_goal.training.batches import epoch_generator
 from fast_goal.training.checkpoint import load_state, save_state
+from fast_goal.training.order import epoch_generator
 from fast_goal.training.recorder import OnStep, Recorder
 from fast_goal.training.schedule import learning_rate, make_optimizer, set_rate
 

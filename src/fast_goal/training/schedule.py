@@ -31,14 +31,14 @@ def make_optimizer(parameters: Iterable[Any], rate: float, weight_decay: float) 
 
 
 def parameter_groups(
-    clip: Clip, decayed: str = "all", layer_decay: float = 1.0, freeze: Sequence[str] = ()
+    clip: Clip, decayed: str = "all", layer_decay: float = 1.0, freeze: Sequence[str] = (), section: str = "finetune"
 ) -> list[dict[str, Any]]:
     """The trained parameters in groups of equal treatment; those of a frozen tower get `requires_grad` False and no group.
 
     decayed `matrices`: the weight decay is 0 for biases, norms, class embedding and logit scale (one dimension or none) and
     for the positional embeddings. layer_decay: the group's `factor` of the learning rate is layer_decay ** d with d the
     blocks from the parameter to its tower's end (`Clip.depths`), as in BEiT's fine-tuning. Raises ConfigError where nothing
-    is left to train.
+    is left to train; `section` is where the settings stand in params.yaml.
     """
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     depths = clip.depths()
@@ -54,7 +54,7 @@ def parameter_groups(
         if not decays:
             group["weight_decay"] = 0.0
     if all(depths[name][0] in freeze or depths[name][0] == "both" for name in depths):
-        raise ConfigError(f"finetune.freeze = {list(freeze)}: with both towers frozen nothing is left to train")
+        raise ConfigError(f"{section}.freeze = {list(freeze)}: with both towers frozen nothing is left to train")
     return list(groups.values())
 
 

@@ -11,6 +11,8 @@ Letters: B samples of a batch, P local pairs of them, D embedding width.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,13 +21,21 @@ from itertools import accumulate
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from fast_goal.data.images import normalised
+from fast_goal.errors import ConfigError
 from fast_goal.model.clip import Clip
 from fast_goal.model.tokens import masked_mean, patch_mask, span_mask
 from fast_goal.objectives import Features, Objective
 from fast_goal.training.batches import Batch
 from fast_goal.training.distributed import Group, gathered
 
-ENCODED = ("image_global", "text_global", "image_local", "text_local", "region", "sentence")  # features that have gradients
+# the features that have gradients, of each tower; the first are there in every batch
+TOWERS = {
+    "image": ("image_global", "image_local", "region"),
+    "text": ("text_global", "text_local", "sentence"),
+    "both": ("scale",),
+}
+ENCODED = (*TOWERS["image"], *TOWERS["text"])
 
 
 class Encoder(torch.nn.Module):
@@ -44,7 +54,8 @@ class TrainStep:
     """One update of `clip`, called with the parts of a batch (`Batch.split`) on the device.
 
     `group`: the processes that share the batch; each calls its own step with its own share, and all get the same update.
-    `max_logit_scale` holds the logit scale below it.
+    `max_logit_scale` holds the logit scale below it. A tower, or the logit scale, that the objective does not look at stays as
+    it is: it gets no gradient, and no weight decay acts on it.
     """
 
     def __init__(
@@ -62,58 +73,77 @@ class TrainStep:
         self.group = group or Group()
         self._plain = self._encode = Encoder(clip, dtype)
         if self.group.world > 1:
-            self._encode = DistributedDataParallel(self._plain, broadcast_buffers=False, gradient_as_bucket_view=True)
+            # the buffers are constants; torch 2.13 gave the option another name
+            known = inspect.signature(DistributedDataParallel).parameters
+            option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            self._encode = DistributedDataParallel(self._plain, gradient_as_bucket_view=True, **{option: False})
+        self._towers: dict[str, list[torch.nn.Parameter]] = {}
+        depths = clip.depths()
+        for name, parameter in clip.named_parameters():
+            self._towers.setdefault(depths[name][0], []).append(parameter)
 
     def __call__(self, parts: Sequence[Batch]) -> dict[str, torch.Tensor]:
         """Returns the objective's scalars and the logit scale, on the device and detached."""
         self.optimizer.zero_grad(set_to_none=True)
-        own = self._encode(parts[0]) if len(parts) == 1 else self._without_graph(parts)
-        terms = self.objective(gathered(own, parts[0].rank_pairs, self.group))
-        reached = own.scale  # also by an objective that does not look at it
-        if self.group.world > 1:  # DistributedDataParallel allows no parameter without a gradient
-            reached = reached + own.image_global.sum() + own.text_global.sum()
-        # it takes the mean over the processes; the gradient is the sum of what they contribute
-        (terms["loss"] * self.group.world + 0 * reached).backward()
-        if len(parts) > 1:
-            self._feed(parts, own)
+        whole = self._encode(parts[0]) if len(parts) == 1 else self._without_graph(parts)
+        leaves = dataclasses.replace(
+            whole, **{name: getattr(whole, name).detach().requires_grad_() for name in (*ENCODED, "scale")}
+        )
+        terms = self.objective(gathered(leaves, parts[0].rank_pairs, self.group))
+        # DistributedDataParallel takes the mean over the processes; the gradient is the sum of what they contribute
+        (terms["loss"] * self.group.world).backward()
+        self._feed(parts, leaves, whole if len(parts) == 1 else None)
         if self.gradient_clip is not None:
             torch.nn.utils.clip_grad_norm_(self.clip.parameters(), self.gradient_clip)
         self.optimizer.step()
         if self.max_logit_scale is not None:
             with torch.no_grad():
                 self.clip.model.logit_scale.clamp_(max=math.log(self.max_logit_scale))
-        return {name: value.detach() for name, value in terms.items()} | {"logit_scale": own.scale.detach()}
+        return {name: value.detach() for name, value in terms.items()} | {"logit_scale": leaves.scale.detach()}
 
     def _without_graph(self, parts: Sequence[Batch]) -> Features:
-        """The features of all parts as those of one batch; the encoded ones are leaves that collect a gradient."""
+        """The features of all parts as those of one batch."""
         with torch.no_grad():
             found = [self._plain(part) for part in parts]
         names = (*ENCODED, "region_weight", "sentence_weight", "local_weight", "local_boxes")
         joined = {name: torch.cat([getattr(part, name) for part in found]) for name in names}
         firsts = accumulate((len(part) for part in parts), initial=0)
         rows = torch.cat([part.local_rows + first for part, first in zip(parts, firsts, strict=False)])
-        scale = found[0].scale.clone().requires_grad_()
-        for name in ENCODED:
-            joined[name].requires_grad_()
-        return Features(**joined, local_rows=rows, scale=scale)
+        return Features(**joined, local_rows=rows, scale=found[0].scale)
 
-    def _feed(self, parts: Sequence[Batch], leaves: Features) -> None:
-        """Encodes each part again, with a graph, and sends the gradient of its features through it."""
+    def _feed(self, parts: Sequence[Batch], leaves: Features, encoded: Features | None) -> None:
+        """Sends the gradient of the features through the towers. `encoded`: the features with their graph, where one part is
+        the whole batch; else each part is encoded again."""
+        looked_at = {
+            tower: [name for name in names if getattr(leaves, name).grad is not None] for tower, names in TOWERS.items()
+        }
+        if not any(looked_at[tower] and self._towers[tower][0].requires_grad for tower in ("image", "text")):
+            raise ConfigError("The setting `freeze` leaves nothing to train: the objective looks at frozen towers alone.")
         shares: dict[str, Sequence[torch.Tensor]] = {}
-        for name in ENCODED:
-            gradient = getattr(leaves, name).grad
-            if gradient is not None:
-                sizes = [len(part) if name.endswith("_global") else len(part.local_rows) for part in parts]
-                shares[name] = gradient.split(sizes)
+        for name in (name for names in looked_at.values() for name in names if name != "scale"):
+            sizes = [len(part) if name.endswith("_global") else len(part.local_rows) for part in parts]
+            shares[name] = getattr(leaves, name).grad.split(sizes)
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
             with nullcontext() if last or self.group.world == 1 else self._encode.no_sync():
-                found = self._encode(part)
-                pairs = [(getattr(found, name), share[number]) for name, share in shares.items() if len(share[number])]
+                found = encoded or self._encode(part)
+                gradients = {name: share[number] for name, share in shares.items() if len(share[number])}
                 if last:
-                    pairs.append((found.scale, leaves.scale.grad))
-                pairs = [(value, gradient) for value, gradient in pairs if value.requires_grad]  # not of a frozen tower
-                torch.autograd.backward([value for value, _ in pairs], [gradient for _, gradient in pairs])
+                    if leaves.scale.grad is not None:
+                        gradients["scale"] = leaves.scale.grad
+                    for tower, names in TOWERS.items():
+                        # no local pair in any part; and DistributedDataParallel waits for every parameter
+                        missing = looked_at[tower] and self._towers[tower][0].grad is None
+                        if (missing or self.group.world > 1) and gradients.keys().isdisjoint(names):
+                            gradients[names[0]] = torch.zeros_like(getattr(found, names[0]))
+                # not of a frozen tower
+                gradients = {name: value for name, value in gradients.items() if getattr(found, name).requires_grad}
+                if gradients:
+                    torch.autograd.backward([getattr(found, name) for name in gradients], list(gradients.values()))
+        for tower, names in looked_at.items():
+            if not names:
+                for parameter in self._towers[tower]:
+                    parameter.grad = None
 
 
 def batch_features(clip: Clip, batch: Batch, dtype: torch.dtype | None = None) -> Features:
@@ -126,7 +156,7 @@ def batch_features(clip: Clip, batch: Batch, dtype: torch.dtype | None = None) -
     rows = batch.local_rows
     count = len(batch.long_tokens)
     with torch.autocast(batch.images.device.type, dtype=dtype, enabled=dtype is not None):
-        encoded = clip(images=batch.images, tokens=batch.long_tokens)
+        encoded = clip(images=normalised(batch.images, clip.mean, clip.std), tokens=batch.long_tokens)
         if len(rows):
             local_text = clip(tokens=batch.sentence_tokens).text_features
             in_box = patch_mask(batch.boxes, clip.image_size, clip.patch_size)

@@ -78,8 +78,8 @@ class CaptionerConfig:
         _kind(self.kind)
         if self.transformers.min_new_tokens > self.max_new_tokens:
             raise ConfigError(
-                f"captioner.transformers.min_new_tokens = {self.transformers.min_new_tokens} is more than "
-                f"captioner.max_new_tokens = {self.max_new_tokens}"
+                f"transformers.min_new_tokens = {self.transformers.min_new_tokens} is more than "
+                f"max_new_tokens = {self.max_new_tokens}"
             )
 
 
@@ -159,5 +159,5 @@ def _kind(kind: str) -> Kind:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     if kind not in _KINDS:
-        raise ConfigError(f"captioner.kind = {kind!r}: expected one of {', '.join(sorted(_KINDS))}")
+        raise ConfigError(f"kind = {kind!r}: expected one of {', '.join(sorted(_KINDS))}")
     return _KINDS[kind]

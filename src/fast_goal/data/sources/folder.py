@@ -40,7 +40,7 @@ class Columns:
 
     def __post_init__(self) -> None:
         if self.caption is None and self.long_caption is None:
-            raise ConfigError("columns.caption and columns.long_caption are both null: there would be no captions")
+            raise ConfigError("caption and long_caption are both null: there would be no captions")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Fractions:
     def __post_init__(self) -> None:
         total = self.train + self.val + self.test
         if not math.isclose(total, 1.0, abs_tol=1e-6):
-            raise ConfigError(f"fractions: train {self.train} + val {self.val} + test {self.test} = {total:g}, expected 1")
+            raise ConfigError(f"train = {self.train}, val = {self.val}, test = {self.test}: the sum is {total:g}, expected 1")
 
 
 @dataclass(frozen=True)

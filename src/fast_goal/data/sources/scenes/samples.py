@@ -25,6 +25,7 @@ from fast_goal.data.sources.scenes.vocabulary import Scene
 SPLIT_NUMBERS = {"pretrain": 0, "train": 1, "val": 2, "test": 3}
 TWIN_SPLITS = ("val", "test")
 CLOSE_UP_SHARE = 0.5  # of the split pretrain
+TWIN_SUFFIX = "-twin"  # of the id of the second image of a scene
 LARGE = 3  # the largest objects of a scene, which short captions are about
 
 
@@ -56,7 +57,12 @@ def make_samples(seed: int, split: str, index: int, image_size: int) -> list[Sam
         plans = [plan for plan in [*long, *short] if isinstance(plan, Plan)]
         for twin, twin_drawing in twins(generator, scene, image_size):
             if all(language.holds(plan, twin_drawing.boxes / image_size) for plan in plans):
-                return [*samples, _sample(f"{image_id}-twin", split, twin, twin_drawing, long, short)]
+                return [*samples, _sample(f"{image_id}{TWIN_SUFFIX}", split, twin, twin_drawing, long, short)]
+
+
+def scene_of(image_id: str) -> str:
+    """The id of the scene that an image shows: it and its twin have the same."""
+    return image_id.removesuffix(TWIN_SUFFIX)
 
 
 def _close_up(generator: np.random.Generator, image_id: str, image_size: int) -> Sample:

@@ -1,0 +1,201 @@
+"""The estimate of a step's memory against what the CPU's allocator, and a GPU, really hand out."""
+
+import dataclasses
+from itertools import pairwise
+
+import pytest
+import torch
+from test_loop import CONFIG, fast_goal
+from torch.profiler import ProfilerActivity, profile
+
+from fast_goal.model.clip import build_scratch
+from fast_goal.training.batches import Batch
+from fast_goal.training.memory import Float32Norm, Inputs, Plan, StepMemory, encoding_peak, fake, fake_batch, objective_peak
+from fast_goal.training.schedule import make_optimizer
+from fast_goal.training.step import ENCODED, TrainStep, batch_features
+
+INPUTS = Inputs(caption_tokens=40, sentence_tokens=12, pairs=1)
+SAMPLES = 384  # the embedding's gradient, which a fake tensor adds up less sparingly, is small beside their activations
+PLAIN = Plan(bf16=False, checkpointing=False, accumulate=1)
+
+
+@pytest.fixture
+def fake_clip(make_scratch_config):
+    return fake(build_scratch, make_scratch_config(), INPUTS.caption_tokens)
+
+
+@pytest.fixture
+def memory(fake_clip):
+    """Makes the estimator of the tiny CLIP, with changes of the training's settings."""
+    return lambda world=1, objective=None, **changes: StepMemory(
+        fake_clip, objective or fast_goal(), dataclasses.replace(CONFIG, **changes), INPUTS, world
+    )
+
+
+def real_batch(clip, count: int, inputs: Inputs = INPUTS, device: str = "cpu") -> Batch:
+    size = clip.image_size
+    batch = Batch(
+        images=torch.randint(0, 256, (2 * count, 3, size, size), dtype=torch.uint8),
+        long_tokens=torch.randint(1, 1000, (count, inputs.caption_tokens)),
+        sentence_tokens=torch.randint(1, 1000, (count, inputs.sentence_tokens)),
+        local_rows=torch.arange(count),
+        boxes=torch.tensor([[0.0, 0.0, 20.0, 20.0]]).repeat(count, 1),
+        spans=torch.tensor([[1, 5]]).repeat(count, 1),
+        regions=torch.zeros(count, 4),
+        local_weights=torch.ones(count),
+        rank_pairs=(count,),
+    )
+    return batch.to(torch.device(device))
+
+
+def allocated(run) -> int:
+    """The most bytes that the CPU's allocator had handed out at once during `run`, by torch's profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def backward(features) -> None:
+    wanted = [value for name in ENCODED if (value := getattr(features, name)).requires_grad]
+    torch.autograd.backward(wanted, [torch.ones_like(value) for value in wanted])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_estimate_is_what_the_allocator_hands_out(fake_clip, tiny_clip, bf16, checkpointing):
+    clip = tiny_clip(INPUTS.caption_tokens).train()
+    clip.checkpointed(checkpointing)
+    for module in clip.modules():  # on the CPU, layer norms in float32 are the only thing to do as CUDA does it
+        if isinstance(module, torch.nn.LayerNorm):
+            module.forward = Float32Norm(module.forward)
+    for parameter in clip.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    batch = real_batch(clip, SAMPLES)
+    measured = allocated(lambda: backward(batch_features(clip, batch, torch.bfloat16 if bf16 else None)))
+    estimate = encoding_peak(fake_clip, fake_batch(fake_clip, INPUTS, SAMPLES), bf16, checkpointing)
+    assert estimate == pytest.approx(measured, rel=0.05)
+
+
+def test_the_activations_are_those_that_autograd_saves(fake_clip, tiny_clip):
+    """Counted by the hooks through which autograd keeps what the backward pass needs; the peak adds what is passing."""
+    clip = tiny_clip(INPUTS.caption_tokens).train()
+    batch = real_batch(clip, SAMPLES)
+    known = [*clip.parameters(), *clip.buffers(), *(value for value in vars(batch).values() if isinstance(value, torch.Tensor))]
+    there, saved = {tensor.untyped_storage().data_ptr() for tensor in known}, {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in there:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        features = batch_features(clip, batch)
+    assert features.image_global.requires_grad
+    estimate = encoding_peak(fake_clip, fake_batch(fake_clip, INPUTS, SAMPLES), False, False)
+    assert sum(saved.values()) <= estimate <= 1.15 * sum(saved.values())
+
+
+def test_no_attention_matrix_is_counted(make_scratch_config):
+    """Fused attention keeps none: twice the tokens are twice the bytes."""
+    peaks = []
+    for tokens in (200, 400):
+        clip = fake(build_scratch, make_scratch_config(), tokens)
+        inputs = INPUTS._replace(caption_tokens=tokens, pairs=0)
+        peaks.append(encoding_peak(clip, fake_batch(clip, inputs, SAMPLES), False, False))
+    assert peaks[1] < 2 * peaks[0]
+
+
+def test_the_objective_grows_with_the_square_of_the_batch(fake_clip):
+    clip, objective = fake_clip, fast_goal()
+    first, second, third = (objective_peak(clip, objective, count, 1)[0] for count in (1024, 2048, 4096))
+    assert 3 < second / first < 4 < third / second * 1.1
+    dim = clip.embed_dim
+    features = [torch.rand(1024, dim).requires_grad_() for _ in ENCODED]
+
+    def run() -> None:
+        from fast_goal.objectives import Features
+
+        leaves = dict(zip(ENCODED, features, strict=True))
+        rest = {name: torch.ones(1024) for name in ("region_weight", "sentence_weight", "local_weight")}
+        rows, scale = torch.arange(1024), torch.ones((), requires_grad=True)
+        objective(Features(**leaves, **rest, local_rows=rows, local_boxes=torch.ones(1024, 4), scale=scale))["loss"].backward()
+
+    assert first == pytest.approx(allocated(run), rel=0.1)
+
+
+def test_fixed_bytes(memory, fake_clip):
+    parameters = sum(parameter.numel() for parameter in fake_clip.parameters())
+    buffers = sum(buffer.numel() for buffer in fake_clip.buffers())
+    need = memory().need(PLAIN, 64)
+    assert need.weights == 4 * (parameters + buffers)
+    assert (need.gradients, need.optimizer, need.average) == (4 * parameters, 8 * parameters, 0)
+    assert memory(ema=0.99).need(PLAIN, 64).average == need.weights
+    image = 64 * (2 * 3 * 32 * 32) + 64 * 8 * (40 + 12 + 1 + 2) + 64 * 4 * (4 + 4 + 1)
+    assert need.inputs == image
+    frozen = memory(freeze=["image"]).need(PLAIN, 64)
+    text = sum(value.numel() for name, value in fake_clip.named_parameters() if ".visual." not in name)
+    assert frozen.gradients == 4 * text and frozen.activations < need.activations
+
+
+def test_more_samples_need_more(memory):
+    steps = memory()
+    for plan in (PLAIN, Plan(True, True, 4)):
+        totals = [steps.need(plan, size).total for size in (64, 65, 128, 1000, 10_000)]
+        assert all(before < after for before, after in pairwise(totals))
+
+
+def test_every_setting_reduces(memory):
+    steps = memory()
+    now = steps.need(PLAIN, 512).total
+    alone = [steps.need(plan, 512).total for plan in (Plan(True, False, 1), Plan(False, True, 1), Plan(False, False, 2))]
+    assert max(alone) < now
+    assert steps.need(Plan(True, True, 8), 512).total < min(alone)
+    parts = [steps.need(Plan(False, False, count), 512).total for count in (1, 2, 4, 8)]
+    assert all(before > after for before, after in pairwise(parts))
+    assert steps.per_sample(Plan(False, True, 1)) < steps.per_sample(PLAIN)
+    assert [Plan(False, *change).time for change in ((False, 1), (True, 1), (False, 2), (True, 2))] == [3, 4, 4, 5]
+
+
+def test_the_largest_batch_is_the_largest(memory):
+    for plan, world in ((PLAIN, 1), (Plan(False, True, 4), 2)):
+        steps = memory(world)
+        limit = steps.need(plan, 200).total
+        most = steps.largest(plan, limit)
+        assert most == 200 and most % (world * plan.accumulate) == 0
+        assert steps.need(plan, most + world * plan.accumulate).total > limit
+        assert steps.largest(plan, 1000) == 0
+
+
+def test_processes_share_the_batch_but_not_the_loss(memory):
+    one, two = memory(1), memory(2)
+    assert two.need(PLAIN, 512).inputs == one.need(PLAIN, 256).inputs
+    assert one.need(PLAIN, 256).total < two.need(PLAIN, 512).total < one.need(PLAIN, 512).total
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", [PLAIN, Plan(True, False, 1), Plan(True, True, 1), Plan(True, False, 4), Plan(False, True, 1)])
+def test_a_gpu_needs_what_is_estimated(make_scratch_config, plan):
+    """Sizes at which the activations are most of it."""
+    if plan.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        pytest.skip("this GPU has no bfloat16")
+    sizes = {"image_size": 224, "patch_size": 16, "vision_width": 384, "vision_layers": 6, "embed_dim": 256}
+    config = make_scratch_config(**sizes, text_width=256, text_layers=6, head_width=64)
+    inputs, batch_size = Inputs(248, 77, 1), 64
+    gpu = torch.device("cuda")
+    clip = build_scratch(config, 248).to(gpu).train()
+    clip.checkpointed(plan.checkpointing)
+    batch = real_batch(clip, batch_size, inputs)
+    parts = [part.to(gpu) for part in batch.split(plan.accumulate)]
+    step = TrainStep(clip, fast_goal(), make_optimizer(clip.parameters(), 1e-4, 0.05), torch.bfloat16 if plan.bf16 else None)
+    step(parts)  # makes the optimiser's averages
+    torch.cuda.reset_peak_memory_stats()
+    step(parts)
+    torch.cuda.synchronize()
+    steps = StepMemory(fake(build_scratch, config, 248), fast_goal(), CONFIG, inputs)
+    assert steps.need(plan, batch_size).allocated == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.2)
