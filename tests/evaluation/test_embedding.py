@@ -1,80 +1,26 @@
 """One pass over a split: the same as encoding one by one, whatever the batch, and nothing twice."""
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
+from squares import CPU, Recording, tiny_clip, write_squares
 
-from fast_goal.config import ScratchConfig
 from fast_goal.data.captions import tokenize
 from fast_goal.data.images import View, open_image
 from fast_goal.data.records import Dataset
 from fast_goal.errors import DataError
-from fast_goal.evaluation.embedding import answer, patch_maps, questions
-from fast_goal.model.clip import build_scratch
-
-CPU = torch.device("cpu")
-SIZES = [(96, 64), (64, 96), (64, 64), (150, 60), (64, 64), (80, 64), (64, 70)]
+from fast_goal.evaluation.embedding import answer, patch_hits, patch_maps, questions
+from fast_goal.evaluation.features import FeatureStore
 
 
 @pytest.fixture(scope="module")
 def clip():
-    sizes = {"image_size": 64, "patch_size": 16, "embed_dim": 16, "vision_width": 32, "vision_layers": 1, "text_width": 32}
-    rest = {"text_layers": 1, "head_width": 16, "steps": 1, "batch_size": 2, "learning_rate": 1e-3, "weight_decay": 0.0}
-    return build_scratch(ScratchConfig(split="train", warmup_steps=0, **sizes, **rest), 32, seed=3).eval()
+    return tiny_clip()
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Image 2 has no long caption, 4 no short one; captions repeat; one caption exceeds the context of 32."""
-    root = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    rows, truth = [], []
-    for index, (width, height) in enumerate(SIZES):
-        Image.fromarray(generator.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(root / f"{index}.png")
-        caption = (
-            ""
-            if index == 2
-            else f"First there is a thing. Then comes number {index}." + " and so on" * (20 if index == 5 else 0)
-        )
-        rows.append(
-            {
-                "image_id": f"i{index}",
-                "image_path": f"{index}.png",
-                "width": width,
-                "height": height,
-                "split": "val" if index == 6 else "test",
-                "long_caption": caption,
-                "captions": [] if index == 4 else ["a thing", f"number {index % 2}"],
-            }
-        )
-        if caption and index != 4:
-            span = {"image_id": f"i{index}", "char_start": 0, "char_end": 23, "label": "thing"}
-            truth.append({**span, "sentence_index": 0, "x1": 0.0, "y1": 0.0, "x2": 30.0, "y2": 30.0})
-            truth.append(
-                {**span, "sentence_index": 1, "x1": width / 2, "y1": height / 2, "x2": width - 1.0, "y2": height - 1.0}
-            )
-    return Dataset("squares", root, pd.DataFrame(rows), pd.DataFrame(truth).iloc[::-1])
-
-
-class Counting:
-    """Counts the images and texts that a model is given."""
-
-    def __init__(self, clip):
-        self._clip, self.images, self.texts = clip, 0, 0
-
-    def __getattr__(self, name):
-        return getattr(self._clip, name)
-
-    def to(self, device):
-        self._clip.to(device)
-        return self
-
-    def __call__(self, images=None, tokens=None):
-        self.images += 0 if images is None else len(images)
-        self.texts += 0 if tokens is None else len(tokens)
-        return self._clip(images=images, tokens=tokens)
+    return write_squares(tmp_path_factory.mktemp("images"))
 
 
 def test_questions_leave_out_what_is_not_there(dataset):
@@ -124,16 +70,19 @@ def test_features_are_those_of_one_by_one_encoding(clip, dataset):
 def test_patch_hits_are_those_of_a_loop(clip, dataset, mode, monkeypatch):
     monkeypatch.setattr(clip, "view_mode", mode)
     asked = questions(dataset, "test")
-    found = answer(clip, asked, 4, CPU)
-    for index, view in enumerate(patch_maps(clip, asked, range(8), CPU)):
+    store = FeatureStore(None, clip, CPU, 4)
+    hits, counts = patch_hits(store, asked)
+    for index, view in enumerate(patch_maps(store, asked, range(8))):
         x1, y1, x2, y2 = view.box
         centres = [(16 * column + 8, 16 * row + 8) for row in range(4) for column in range(4)]
         inside = [x1 <= x < x2 and y1 <= y < y2 for x, y in centres]
         order = sorted(range(16), key=lambda patch: -view.similarity.flatten()[patch])
         expected = next((rank for rank, patch in enumerate(order, start=1) if inside[patch]), 17)
-        assert (found.first_hits[index], found.patches_inside[index]) == (expected, sum(inside))
+        assert (hits[index], counts[index]) == (expected, sum(inside))
         path, size = asked.paths[asked.regions.images[index]], asked.sizes[asked.regions.images[index]].tolist()
         assert view.image == View(*size, 64, mode).pixels(open_image(path))
+    found = answer(clip, asked, 4, CPU)
+    assert (found.first_hits.tolist(), found.patches_inside.tolist()) == (hits.tolist(), counts.tolist())
     assert found.patches == 16
 
 
@@ -155,15 +104,26 @@ def test_the_batch_size_does_not_matter(clip, dataset):
 
 
 def test_every_image_and_distinct_text_is_encoded_once(clip, dataset):
-    counting = Counting(clip)
+    recording = Recording(clip)
     asked = questions(dataset, "test")
-    found = answer(counting, asked, 4, CPU)
-    assert counting.images == 6
+    found = answer(recording, asked, 4, CPU)
+    assert len(recording.images) == len(set(recording.images)) == 6
     distinct = {*asked.long.texts, *asked.short.texts, *asked.regions.sentences}
-    assert counting.texts == len(distinct) == len(found.text_rows)
+    assert len(recording.texts) == len(set(recording.texts)) == len(distinct) == len(found.text_rows)
     assert found.rows(["a thing", "number 1", "a thing"]).tolist() == [
         found.text_rows[t] for t in ("a thing", "number 1", "a thing")
     ]
+
+
+def test_twins_share_a_scene_and_objects_are_counted(dataset):
+    assert questions(dataset, "test").groups.tolist() == list(range(6))
+    ids = [*(f"test-{index // 2}{'-twin' * (index % 2)}" for index in range(6)), "i6"]
+    objects = pd.DataFrame({"image_id": ["test-0", "test-0", "test-0-twin", "elsewhere"]})
+    records = dataset.records.assign(image_id=ids)
+    asked = questions(Dataset("scenes", dataset.root, records, objects=objects, source="scenes"), "test")
+    assert asked.groups.tolist() == [0, 0, 1, 1, 2, 2]
+    assert asked.objects.tolist() == [2, 1, 0, 0, 0, 0]
+    assert questions(Dataset("mine", dataset.root, records, source="folder"), "test").groups.tolist() == list(range(6))
 
 
 def test_a_missing_image_is_named(clip, dataset):

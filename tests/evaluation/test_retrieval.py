@@ -1,12 +1,19 @@
 """Ranks and recall against a slow oracle, the published vectors, and ties."""
 
+import importlib.util
+import itertools
 import math
+import random
 import statistics
+import sys
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
 
-from fast_goal.evaluation.retrieval import ranks, recall_at_k, summary
+from fast_goal.evaluation import retrieval
+from fast_goal.evaluation.retrieval import below, count_above, paired_scores, rank_bounds, ranks, recall_at_k, summary
 
 
 def slow_ranks(scores, text_to_image, ties="best"):
@@ -55,6 +62,109 @@ def test_random_features_agree_with_a_slow_oracle_and_with_any_chunk():
         found = ranks(images, texts, text_to_image, chunk)
         assert found.text_to_image.tolist() == forward
         assert found.image_to_text.tolist() == list(backward.values())
+
+
+def random_task(seed):
+    """Unequal numbers of captions, down to none; few values, so that ties abound; repeated images and texts."""
+    draw = random.Random(seed)
+    images, texts, width = draw.randint(1, 9), draw.randint(1, 30), draw.choice([1, 2, 3, 7, 8])
+    generator = torch.Generator().manual_seed(seed)
+    image_features = torch.randint(-2, 3, (images, width), generator=generator).float()
+    text_features = torch.randint(-2, 3, (texts, width), generator=generator).float()
+    if draw.random() < 0.5:  # scores that no two pairs share, but for copies
+        image_features += torch.randn(images, width, generator=generator)
+        text_features += torch.randn(texts, width, generator=generator)
+    if images > 1:
+        image_features[1] = image_features[0]
+    text_features[-1] = text_features[0]
+    return image_features, text_features, torch.randint(images, (texts,), generator=generator), draw.choice([1, 2, 5, 64])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_tasks_agree_with_a_slow_oracle(seed):
+    images, texts, owners, chunk = random_task(seed)
+    scores = [[paired_scores(image[None], text[None]).item() for text in texts] for image in images]
+    bounds = rank_bounds(images, texts, owners, chunk)
+    for ties in ("best", "worst"):
+        forward, backward = slow_ranks(scores, owners.tolist(), ties)
+        assert bounds[ties].text_to_image.tolist() == forward
+        assert dict(zip(bounds[ties].query_images.tolist(), bounds[ties].image_to_text.tolist(), strict=True)) == backward
+        one = ranks(images, texts, owners, chunk, ties)
+        assert all(torch.equal(*pair) for pair in zip(one, bounds[ties], strict=True))
+
+
+def test_a_score_is_the_dot_product_rounded_to_float32():
+    generator = torch.Generator().manual_seed(3)
+    for width in (1, 2, 3, 64, 511, 512):
+        left, right = torch.randn(5, width, generator=generator), torch.randn(5, width, generator=generator)
+        found = paired_scores(left, right)
+        pairs = zip(left.tolist(), right.tolist(), strict=True)
+        exact = [float(sum(Fraction(a) * Fraction(b) for a, b in zip(*rows, strict=True))) for rows in pairs]
+        assert found.tolist() == torch.tensor(exact, dtype=torch.float64).float().tolist()
+    assert paired_scores(torch.zeros(2, 0), torch.zeros(2, 0)).tolist() == [0, 0]
+
+
+def test_what_lies_at_the_edge_of_a_float32_is_scored_again():
+    """Two orders of the same products whose float64 sums round to different float32."""
+    edge = 1 + 2**-24  # halfway between two float32, rounds to 1
+    first = torch.tensor([[edge, 2**-53, 2**-53]], dtype=torch.float64)
+    orders = [first[:, list(order)] for order in itertools.permutations(range(3))]
+    rounded = {paired_scores(order, torch.ones_like(order)).item() for order in orders}
+    assert len(rounded) == 2  # so the order matters here
+    texts = torch.cat(orders).repeat(3, 1)
+    expected = [paired_scores(text[None], torch.ones(1, 3, dtype=torch.float64)).item() for text in texts]
+    for owner in range(6):
+        bars = torch.tensor([[expected[owner]]])
+        above, _ = count_above(torch.ones(1, 3, dtype=torch.float64), texts, bars, torch.full((len(texts), 1), torch.inf), 7)
+        assert above.item() == sum(score > expected[owner] for score in expected)
+        _, above = count_above(texts, torch.ones(1, 3, dtype=torch.float64), torch.full((len(texts), 1), torch.inf), bars, 7)
+        assert above.item() == sum(score > expected[owner] for score in expected)
+
+
+def test_a_matrix_product_that_is_a_little_off_changes_nothing(monkeypatch):
+    """Half of the texts are copies, half of the images too, and every block's product errs in its own way."""
+    generator = torch.Generator().manual_seed(5)
+    images = torch.nn.functional.normalize(torch.randn(24, 33, generator=generator), dim=1).bfloat16().repeat(2, 1)
+    texts = torch.nn.functional.normalize(torch.randn(30, 33, generator=generator), dim=1).bfloat16().repeat(3, 1)
+    owners = torch.randint(48, (90,), generator=generator)
+    expected = {ties: ranks(images, texts, owners, 1000, ties) for ties in ("best", "worst")}
+    honest, errors = retrieval._above, torch.Generator().manual_seed(6)
+
+    def disturbed(scores, bars, slack, queries, candidates):
+        shift = (2 * torch.rand(scores.shape, generator=errors, dtype=torch.float64) - 1) * 0.9
+        return honest(scores + shift * slack[:, None], bars, slack, queries, candidates)
+
+    monkeypatch.setattr(retrieval, "_above", disturbed)
+    for ties, chunk in itertools.product(("best", "worst"), (7, 64)):
+        assert all(torch.equal(*pair) for pair in zip(ranks(images, texts, owners, chunk, ties), expected[ties], strict=True))
+
+
+def test_counts_above_several_bars_of_a_query():
+    rows, columns = torch.eye(2), torch.tensor([[1.0, 5.0], [2.0, 5.0], [3.0, 6.0]])
+    bars = torch.tensor([[2.0, torch.inf, 0.0], [5.0, 4.0, torch.inf]])
+    found, none = count_above(rows, columns, bars, torch.full((3, 1), torch.inf))
+    assert found.tolist() == [[1, 0, 3], [1, 3, 0]]
+    assert none.tolist() == [[0]] * 3
+    assert count_above(rows, columns, below(bars), torch.full((3, 1), torch.inf))[0].tolist() == [[2, 0, 3], [3, 3, 0]]
+
+
+def test_memory_is_bounded_by_the_chunk(monkeypatch):
+    """No tensor of all images by all texts, nor of a chunk by all texts."""
+    largest = [0]
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), named=None):
+            result = function(*arguments, **(named or {}))
+            for value in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(value, torch.Tensor):
+                    largest[0] = max(largest[0], value.numel())
+            return result
+
+    generator = torch.Generator().manual_seed(0)
+    images, texts = torch.randn(40, 4, generator=generator), torch.randn(300, 4, generator=generator)
+    with Watch():
+        ranks(images, texts, torch.randint(40, (300,), generator=generator), 16)
+    assert largest[0] == texts.numel()  # the features themselves
 
 
 def test_published_ranks_without_ties(vectors):
@@ -161,8 +271,21 @@ def test_summary_against_the_standard_library():
         (torch.ones(2, 3), torch.ones(2, 3), [0, 2], "from 0 to 1"),
         (torch.ones(2, 3), torch.ones(2, 3), [0, -1], "from 0 to 1"),
         (torch.ones(2, 3), torch.ones(0, 3), [], "nothing to rank"),
+        (torch.full((2, 3), 1e20), torch.full((1, 3), 1e20), [0], "more than float32 holds"),
     ],
 )
 def test_bad_input_is_refused(images, texts, owners, message):
     with pytest.raises(ValueError, match=message):
         recall_at_k(images, texts, torch.tensor(owners, dtype=torch.long), [1])
+
+
+def test_the_benchmark_compares_with_the_plain_matrix(monkeypatch):
+    path = Path(__file__).parents[2] / "benchmarks" / "retrieval.py"
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the benchmark puts its folder there
+    spec = importlib.util.spec_from_file_location("benchmark_of_retrieval", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    made = benchmark.features(300, 1100, 16)
+    assert all(torch.equal(*pair) for pair in zip(ranks(*made, chunk=128), benchmark.plain(*made), strict=True))
+    assert len(made[1].unique(dim=0)) < len(made[1])  # copies among the texts
+    assert {*benchmark.NAMES} == {*benchmark.VARIANTS}

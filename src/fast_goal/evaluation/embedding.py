@@ -1,20 +1,14 @@
-"""Embeds one split of a data set with one model: every image and every distinct text once.
-
-Patch localisation is decided batch by batch in the same pass, so that patch tokens need not be kept.
+"""What the models are asked about one split of a data set, and what one of them makes of it.
 
 Letters: `I` images, `T` texts, `U` distinct texts, `S` sentences with a box, `N` patches, `D` embedding width. Boxes are
-xyxy; of the original image in `Questions`, of the model's input wherever `input` is said. Everything is computed in
-float32.
+xyxy; of the original image in `Questions`, of the model's input wherever `input` is said.
 """
 
 from __future__ import annotations
 
-import os
-import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -24,15 +18,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fast_goal.data.captions import tokenize, trim
+from fast_goal.data.captions import split_sentences
 from fast_goal.data.images import open_image
 from fast_goal.data.records import Dataset
+from fast_goal.data.sources.scenes.samples import scene_of
 from fast_goal.errors import DataError
+from fast_goal.evaluation.features import FeatureStore, ImageFile, embed_images
 from fast_goal.evaluation.localisation import centres_inside, first_hits
 from fast_goal.model.clip import Clip
-from fast_goal.progress import Progress
-
-BATCHES_AHEAD = 3  # decoded while the model is busy; a guess that keeps memory small
 
 
 class Captions(NamedTuple):
@@ -53,7 +46,12 @@ class Regions(NamedTuple):
 
 @dataclass(frozen=True)
 class Questions:
-    """What the models are asked about one split; the same for every model."""
+    """What the models are asked about one split; the same for every model.
+
+    contents: SHA-256 of each image file, empty where it is not known. scenes: for each image the number of its scene;
+    images of one scene (twins that differ in one thing) are no independent evidence. None: each image is one. objects: how
+    many each image shows, None where nobody counted.
+    """
 
     image_ids: list[str]
     paths: list[Path]
@@ -61,6 +59,32 @@ class Questions:
     long: Captions
     short: Captions
     regions: Regions
+    contents: list[str] = field(default_factory=list)
+    scenes: np.ndarray | None = None  # int64 [I]
+    objects: np.ndarray | None = None  # int64 [I]
+
+    @cached_property
+    def files(self) -> list[ImageFile]:
+        """The image files, as a store of features knows them."""
+        sizes = [(width, height) for width, height in self.sizes.tolist()]
+        return [ImageFile(*one) for one in zip(self.paths, sizes, self.contents or map(str, self.paths), strict=True)]
+
+    @cached_property
+    def sentences(self) -> list[list[str]]:
+        """The sentences of each long caption, at least one of each."""
+        return [[sentence.text for sentence in split_sentences(text)] or [text] for text in self.long.texts]
+
+    @cached_property
+    def groups(self) -> np.ndarray:
+        """What is drawn together by the bootstrap: int64 [I], the scene of each image."""
+        return np.arange(len(self.paths)) if self.scenes is None else self.scenes
+
+
+class PatchHits(NamedTuple):
+    """Where a model finds the sentences of `Questions.regions`."""
+
+    first_hits: np.ndarray  # int64 [S], rank of the best patch whose centre is in the box; N + 1 if there is none
+    patches_inside: np.ndarray  # int64 [S], patches whose centre is in the box
 
 
 @dataclass(frozen=True)
@@ -71,11 +95,11 @@ class Answers:
     text_features: Tensor  # [U, D]
     text_lengths: np.ndarray  # int64 [U], token ids with BOS and EOS before any truncation
     text_rows: dict[str, int]  # distinct text -> row
-    first_hits: np.ndarray  # int64 [S], rank of the best patch whose centre is in the box; N + 1 if there is none
-    patches_inside: np.ndarray  # int64 [S], patches whose centre is in the box
+    first_hits: np.ndarray  # int64 [S], see PatchHits
+    patches_inside: np.ndarray  # int64 [S]
     patches: int  # N
     context_length: int
-    seconds: float
+    seconds: float  # that the model was at work
 
     def rows(self, texts: Sequence[str]) -> np.ndarray:
         """The rows of `texts` in `text_features` and `text_lengths`: int64 [T]."""
@@ -121,13 +145,14 @@ def questions(dataset: Dataset, split: str, pairs: pd.DataFrame | None = None) -
         long=Captions([records.long_caption[row] for row in long_rows], np.array(long_rows, dtype=np.int64)),
         short=Captions([text for text, _ in short], np.array([row for _, row in short], dtype=np.int64)),
         regions=regions,
+        contents=records.content_hash.tolist(),
+        scenes=_scenes(dataset, records),
+        objects=_objects(dataset, records),
     )
 
 
-@torch.inference_mode()
-@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # else a GPU rounds the patch embedding to 10 bits
 def answer(clip: Clip, asked: Questions, batch_size: int, device: torch.device, name: str = "evaluate") -> Answers:
-    """Embeds everything that `asked` holds.
+    """Embeds everything that `asked` holds, in memory and in float32.
 
     Args:
         clip: moved to `device` and set to evaluation; it sees the images through its own view.
@@ -137,39 +162,34 @@ def answer(clip: Clip, asked: Questions, batch_size: int, device: torch.device, 
     Raises:
         DataError: an image that cannot be read.
     """
-    begin = time.perf_counter()
-    clip.to(device).eval()
+    store = FeatureStore(None, clip, device, batch_size)
     texts = list(dict.fromkeys([*asked.long.texts, *asked.short.texts, *asked.regions.sentences]))
-    text_rows = {text: row for row, text in enumerate(texts)}
-    text_features, text_lengths = _embed_texts(clip, texts, batch_size, device, name)
-
-    sentences = text_features[[text_rows[sentence] for sentence in asked.regions.sentences]]  # [S, D]
-    starts = np.searchsorted(asked.regions.images, np.arange(len(asked.paths) + 1))  # the sentences of image i: [i], [i + 1]
-    image_features, hits, inside = [], [], []
-    with Progress(f"{name}: images", len(asked.paths), "images") as progress:
-        for first, images in _decoded(clip, asked.paths, batch_size):
-            encoded = clip(images=images.to(device, non_blocking=True))
-            image_features.append(encoded.image_features.float().cpu())
-            mine = slice(starts[first], starts[first + len(images)])
-            if mine.stop > mine.start:
-                rows = asked.regions.images[mine]
-                held = centres_inside(_input_boxes(clip, asked, mine), clip.image_size, clip.patch_size)  # [s, N]
-                patches = clip.project_image(encoded.image_tokens).float()  # [B, N, D]
-                similarity = torch.einsum("snd,sd->sn", patches[torch.from_numpy(rows - first)], sentences[mine].to(device))
-                hits.append(first_hits(similarity.cpu(), held).numpy())
-                inside.append(held.sum(1).numpy())
-            progress.update(len(images))
+    text_features, text_lengths = store.texts(texts, name=name)
+    embed_images([store], asked.files, [(row, None) for row in range(len(asked.files))], held(asked), name)
     return Answers(
-        image_features=torch.cat(image_features),
+        image_features=store.images(asked.files),
         text_features=text_features,
         text_lengths=text_lengths,
-        text_rows=text_rows,
-        first_hits=np.concatenate(hits) if hits else np.zeros(0, np.int64),
-        patches_inside=np.concatenate(inside) if inside else np.zeros(0, np.int64),
-        patches=(clip.image_size // clip.patch_size) ** 2,
-        context_length=clip.context_length,
-        seconds=time.perf_counter() - begin,
+        text_rows={text: row for row, text in enumerate(texts)},
+        **patch_hits(store, asked)._asdict(),
+        patches=store.patch_count,
+        context_length=store.context_length,
+        seconds=store.seconds,
     )
+
+
+def held(asked: Questions) -> list[tuple[int, str]]:
+    """The sentences that are held against the patches of their images: (row of the image, text)."""
+    return list(zip(asked.regions.images.tolist(), asked.regions.sentences, strict=True))
+
+
+def patch_hits(store: FeatureStore, asked: Questions) -> PatchHits:
+    """Where the model finds the sentences that have a box."""
+    if not asked.regions.sentences:
+        return PatchHits(np.zeros(0, np.int64), np.zeros(0, np.int64))
+    inside = centres_inside(_input_boxes(store.clip, asked), store.clip.image_size, store.clip.patch_size)  # [S, N]
+    hits = first_hits(store.similarities(asked.files, held(asked)), inside)
+    return PatchHits(hits.numpy(), inside.sum(1).numpy())
 
 
 class PatchMap(NamedTuple):
@@ -180,65 +200,38 @@ class PatchMap(NamedTuple):
     box: tuple[float, float, float, float]  # xyxy in input pixels
 
 
-@torch.inference_mode()
-def patch_maps(clip: Clip, asked: Questions, regions: Sequence[int], device: torch.device) -> list[PatchMap]:
+def patch_maps(store: FeatureStore, asked: Questions, regions: Sequence[int]) -> list[PatchMap]:
     """The similarity maps of a few sentences, rows of `asked.regions`, for a picture."""
-    clip.to(device).eval()
-    side = clip.image_size // clip.patch_size
+    side = store.clip.image_size // store.clip.patch_size
+    sentences = held(asked)
+    similarities = store.similarities(asked.files, [sentences[index] for index in regions])
+    boxes = _input_boxes(store.clip, asked, regions)
     maps = []
-    for index in regions:
+    for index, similarity, box in zip(regions, similarities.numpy(), boxes.tolist(), strict=True):
         image = open_image(asked.paths[asked.regions.images[index]])
-        view = clip.view(*image.size)
-        tokens, _ = tokenize([asked.regions.sentences[index]], clip.context_length)
-        encoded = clip(images=view.apply(image)[None].to(device), tokens=trim(tokens).to(device))
-        patches = clip.project_image(encoded.image_tokens)[0].float()  # [N, D]
-        similarity = patches @ encoded.text_features[0].float()
-        box = _input_boxes(clip, asked, slice(index, index + 1))[0]
-        maps.append(PatchMap(view.pixels(image), similarity.reshape(side, side).cpu().numpy(), tuple(box.tolist())))
+        maps.append(PatchMap(store.clip.view(*image.size).pixels(image), similarity.reshape(side, side), tuple(box)))
     return maps
 
 
-def _embed_texts(clip: Clip, texts: list[str], batch_size: int, device: torch.device, name: str) -> tuple[Tensor, np.ndarray]:
-    """Features [U, D] and untruncated lengths [U]. Texts of like length share a batch, so that little is padded."""
-    if not texts:
-        return torch.zeros(0, clip.embed_dim), np.zeros(0, np.int64)
-    tokens, lengths = tokenize(texts, clip.context_length)
-    lengths = np.asarray(lengths, dtype=np.int64)
-    features = torch.zeros(len(texts), clip.embed_dim)
-    order = torch.from_numpy(np.argsort(lengths, kind="stable"))
-    with Progress(f"{name}: texts", len(texts), "texts") as progress:
-        for rows in order.split(batch_size):
-            features[rows] = clip(tokens=trim(tokens[rows]).to(device)).text_features.float().cpu()
-            progress.update(len(rows))
-    return features, lengths
+def _input_boxes(clip: Clip, asked: Questions, which: Sequence[int] | None = None) -> Tensor:
+    """The boxes of some sentences, or of all, in pixels of the model's input: [s, 4]."""
+    chosen = range(len(asked.regions.sentences)) if which is None else which
+    found = [
+        clip.view(*asked.files[asked.regions.images[row]].size).boxes(asked.regions.boxes[row : row + 1])[0] for row in chosen
+    ]
+    return torch.tensor(np.array(found).reshape(-1, 4), dtype=torch.float32)
 
 
-def _input_boxes(clip: Clip, asked: Questions, which: slice) -> Tensor:
-    """The boxes of some sentences in pixels of the model's input: [s, 4]."""
-    rows = zip(asked.regions.images[which], asked.regions.boxes[which], strict=True)
-    return torch.tensor([clip.view(*asked.sizes[image].tolist()).box(tuple(box.tolist())) for image, box in rows])
+def _scenes(dataset: Dataset, records: pd.DataFrame) -> np.ndarray | None:
+    """The scene of each image, where the source draws some of them more than once."""
+    if dataset.source != "scenes":
+        return None
+    return pd.factorize(records.image_id.map(scene_of))[0].astype(np.int64)
 
 
-def _decoded(clip: Clip, paths: list[Path], batch_size: int) -> Iterator[tuple[int, Tensor]]:
-    """The first row and the pixels [B, 3, S, S] of each batch, decoded by threads ahead of the one who asks."""
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        waiting: deque = deque()
-        starts = iter(range(0, len(paths), batch_size))
-
-        def submit() -> None:
-            for start in starts:
-                waiting.append((start, [pool.submit(_pixels, clip, path) for path in paths[start : start + batch_size]]))
-                return
-
-        for _ in range(BATCHES_AHEAD):
-            submit()
-        while waiting:
-            start, futures = waiting.popleft()
-            images = torch.stack([future.result() for future in futures])
-            submit()
-            yield start, images
-
-
-def _pixels(clip: Clip, path: Path) -> Tensor:
-    image = open_image(path)
-    return clip.view(*image.size).apply(image)
+def _objects(dataset: Dataset, records: pd.DataFrame) -> np.ndarray | None:
+    """The number of objects in each image, where the source knows them."""
+    if dataset.objects is None:
+        return None
+    counts = dataset.objects.image_id.value_counts()
+    return records.image_id.map(counts).fillna(0).to_numpy(np.int64)

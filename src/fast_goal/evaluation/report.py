@@ -17,10 +17,13 @@ from typing import Any
 from fast_goal.evaluation.comparison import MODELS
 from fast_goal.evaluation.pictures import DIRECTION_LABELS, LABELS
 from fast_goal.evaluation.retrieval import DIRECTIONS
+from fast_goal.evaluation.tasks import Section
 from fast_goal.files import write_text
 
 SMALL = 200  # a guess: below so many queries the intervals are too wide to tell models of like quality apart
 MANY_TIES = 1.0  # percent of the queries; a guess
+SHOWN = 2  # of the ks, in the sections of the tasks beside long and short retrieval
+OWN_SECTIONS = ("long", "short", "localisation")
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,11 @@ class Facts:
     base_name: str
     scratch_split: str  # whose short captions a scratch base was trained on
     objective: Mapping[str, Any]
+    first_stage: Mapping[str, Any]  # data set, epochs and objective of the first stage of the training; empty: there was none
     views: Mapping[str, str]  # model -> how it sees images: crop, squash, pad
     split: str
+    tasks: Mapping[str, Section]  # what was asked for, by name
+    precision: str  # of the embeddings
     device: str
     bootstrap_samples: int
     seconds: Mapping[str, float]  # step -> wall time
@@ -52,16 +58,17 @@ class Picture:
 
 
 def write_report(folder: Path, metrics: Mapping[str, Mapping[str, Any]], facts: Facts, pictures: Sequence[Picture]) -> None:
-    """Writes report.md and report.html into `folder`, where the pictures are; `metrics` maps data sets to `compare`'s."""
+    """Writes report.md and report.html into `folder`, where the pictures are; `metrics` maps data sets to those of
+    `tasks.measure`."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    environment.filters |= {"number": _number, "signed": _signed, "time": _time}
+    environment.filters |= {"number": _number, "signed": _signed, "time": _time, "p": _p}
     templates = resources.files("fast_goal.evaluation")
     text = environment.from_string((templates / "report.md.jinja").read_text(encoding="utf-8")).render(
         facts=facts,
         headlines=headlines(metrics),
-        datasets=[_dataset(name, values, pictures) for name, values in metrics.items()],
+        datasets=[_dataset(name, values, pictures, facts) for name, values in metrics.items()],
         training_pictures=[picture for picture in pictures if not picture.dataset],
         notes=notes(metrics, facts),
     )
@@ -108,7 +115,9 @@ def notes(metrics: Mapping[str, Mapping[str, Any]], facts: Facts) -> list[str]:
     lines = [
         f"The intervals are 95 % bootstrap percentile intervals over the test images ({facts.bootstrap_samples:,} resamples; "
         "the captions of an image stay together; both models on the same resamples). They say how far the choice of test "
-        "images matters. They do not say how far another training seed would: this is one training run.",
+        "images matters. They do not say how far another training seed would: this is one training run. p: the share of all "
+        "ways to swap the two models image by image that gives at least as large a difference; of many such numbers some are "
+        "small by chance.",
         "Tie rule: a candidate with exactly the score of the right one does not count against the query.",
     ]
     if facts.base_kind == "scratch":
@@ -119,8 +128,14 @@ def notes(metrics: Mapping[str, Mapping[str, Any]], facts: Facts) -> list[str]:
                 lines += [f"`{name}`, {kind} captions: {line}" for line in _retrieval_notes(values[kind], kind)]
         if "localisation" in values:
             lines += [f"`{name}`, localisation: {line}" for line in _localisation_notes(values["localisation"])]
-        else:
-            lines.append(f"`{name}`: no localisation, for want of boxes in the split `{facts.split}`.")
+        if values["independent"] < values["images"]:
+            lines.append(
+                f"`{name}`: the {values['images']:,} images show {values['independent']:,} scenes; those of one, which differ "
+                "in little, are resampled and swapped together."
+            )
+        for task, reason in values["skipped"].items():
+            words = task.replace("_", " ")
+            lines.append(f"`{name}`: no {words}, for want of {reason} in the split `{facts.split}`.")
     return lines
 
 
@@ -206,7 +221,7 @@ def _localisation_notes(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _dataset(name: str, values: Mapping[str, Any], pictures: Sequence[Picture]) -> dict[str, Any]:
+def _dataset(name: str, values: Mapping[str, Any], pictures: Sequence[Picture], facts: Facts) -> dict[str, Any]:
     """What the template shows of one data set."""
     return {
         "name": name,
@@ -217,17 +232,36 @@ def _dataset(name: str, values: Mapping[str, Any], pictures: Sequence[Picture]) 
         ],
         "localisation": values.get("localisation"),
         "localisation_rows": _rows(values["localisation"], "") if "localisation" in values else [],
+        "tasks": [
+            {**section._asdict(), "rows": _task_rows(values[task])}
+            for task, section in facts.tasks.items()
+            if task in values and task not in OWN_SECTIONS
+        ],
         "seconds": values["seconds"],
         "pictures": [picture for picture in pictures if picture.dataset == name],
     }
 
 
-def _retrieval_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _task_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a task's table; `queries` names the variant where there are several."""
+    variants = {"": found} if "difference" in found else found
     rows = []
-    for direction in DIRECTIONS:
-        parts = {part: found[part][direction] for part in (*MODELS, "difference", "chance")}
-        rows += _rows(parts, DIRECTION_LABELS[direction])
+    for name, block in variants.items():
+        some = []
+        for direction in DIRECTIONS:
+            some += _rows(_direction(block, direction), DIRECTION_LABELS[direction])[:SHOWN]
+        if "drop" in block:
+            some += [{**row, "metric": f"drop of {row['metric']}"} for row in _rows(block["drop"], "both, mean")]
+        rows += [{**row, "queries": name} for row in some]
     return rows
+
+
+def _retrieval_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [row for direction in DIRECTIONS for row in _rows(_direction(found, direction), DIRECTION_LABELS[direction])]
+
+
+def _direction(found: Mapping[str, Any], direction: str) -> dict[str, Any]:
+    return {part: found[part][direction] for part in (*MODELS, "difference", "chance") if part in found}
 
 
 def _rows(found: Mapping[str, Any], label: str) -> list[dict[str, Any]]:
@@ -237,7 +271,7 @@ def _rows(found: Mapping[str, Any], label: str) -> list[dict[str, Any]]:
             "metric": key,
             "base": found["base"][key],
             "finetuned": found["finetuned"][key],
-            "chance": found["chance"][key],
+            "chance": found.get("chance", {}).get(key),
             "difference": difference,
             "verdict": verdict(difference),
         }
@@ -266,12 +300,16 @@ def _best_patches(key: str) -> str:
 
 
 def _number(value: float, digits: int = 1) -> str:
-    return f"{value:,.{digits}f}"
+    return f"{value:,.{digits}f}".replace("-", "−")
 
 
 def _signed(value: float) -> str:
     rounded = round(value, 1)
     return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
+
+
+def _p(value: float) -> str:
+    return "below 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _time(seconds: float) -> str:

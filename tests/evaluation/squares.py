@@ -1,0 +1,83 @@
+"""A tiny data set of noise images with captions and boxes, and a tiny CLIP that says what it was given."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from fast_goal.config import ScratchConfig
+from fast_goal.data.records import Dataset
+from fast_goal.model.clip import Clip, build_scratch
+
+CPU = torch.device("cpu")
+SIZES = [(96, 64), (64, 96), (64, 64), (150, 60), (64, 64), (80, 64), (64, 70)]
+
+
+def tiny_clip(seed: int = 3, context_length: int = 32) -> Clip:
+    """A CLIP of width 16 with 4 x 4 patches."""
+    sizes = {"image_size": 64, "patch_size": 16, "embed_dim": 16, "vision_width": 32, "vision_layers": 1, "text_width": 32}
+    rest = {"text_layers": 1, "head_width": 16, "steps": 1, "batch_size": 2, "learning_rate": 1e-3, "weight_decay": 0.0}
+    return build_scratch(ScratchConfig(split="train", warmup_steps=0, **sizes, **rest), context_length, seed=seed).eval()
+
+
+def write_squares(root: Path) -> Dataset:
+    """Image 2 has no long caption, 4 no short one; captions repeat; one caption exceeds the context of 32."""
+    generator = np.random.default_rng(0)
+    rows, truth = [], []
+    for index, (width, height) in enumerate(SIZES):
+        path = root / f"{index}.png"
+        Image.fromarray(generator.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(path)
+        caption = (
+            ""
+            if index == 2
+            else f"First there is a thing. Then comes number {index}." + " and so on" * (20 if index == 5 else 0)
+        )
+        rows.append(
+            {
+                "image_id": f"i{index}",
+                "image_path": path.name,
+                "width": width,
+                "height": height,
+                "split": "val" if index == 6 else "test",
+                "long_caption": caption,
+                "captions": [] if index == 4 else ["a thing", f"number {index % 2}"],
+                "content_hash": hashlib.sha256(path.read_bytes()).hexdigest(),
+            }
+        )
+        if caption and index != 4:
+            span = {"image_id": f"i{index}", "char_start": 0, "char_end": 23, "label": "thing"}
+            truth.append({**span, "sentence_index": 0, "x1": 0.0, "y1": 0.0, "x2": 30.0, "y2": 30.0})
+            truth.append(
+                {**span, "sentence_index": 1, "x1": width / 2, "y1": height / 2, "x2": width - 1.0, "y2": height - 1.0}
+            )
+    return Dataset("squares", root, pd.DataFrame(rows), pd.DataFrame(truth).iloc[::-1])
+
+
+class Recording:
+    """Notes every image and text that a model is given, each once per forward pass."""
+
+    def __init__(self, clip: Clip):
+        self._clip = clip
+        self.images: list[bytes] = []
+        self.texts: list[tuple[int, ...]] = []  # token ids without padding
+
+    def __getattr__(self, name):
+        return getattr(self._clip, name)
+
+    def to(self, device):
+        self._clip.to(device)
+        return self
+
+    def eval(self):
+        self._clip.eval()
+        return self
+
+    def __call__(self, images=None, tokens=None):
+        if images is not None:
+            self.images += dict.fromkeys(image.numpy().tobytes() for image in images)
+        if tokens is not None:
+            self.texts += dict.fromkeys(tuple(row[: row.argmax() + 1].tolist()) for row in tokens)
+        return self._clip(images=images, tokens=tokens)

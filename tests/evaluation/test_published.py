@@ -1,0 +1,163 @@
+"""The paper's numbers: all there, and beside ours only where they compare."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from fast_goal.configure import check, compose
+from fast_goal.evaluation.published import FAST_GOAL, Recipe, beside, recipe_of, results
+
+ROWS = {
+    ("III", "long captions"): 96,
+    ("IV", "short captions"): 88,
+    ("V", "fine-tuned on target, batch 64 (DCI: 2k random test)"): 48,
+    ("VI", "loss ablation (trained on DOCCI; MSCOCO zero-shot)"): 64,
+    ("VII", "regions"): 64,
+    ("VIII", "matching"): 96,
+    ("XI", "long captions"): 96,
+    ("XII", "short captions"): 88,
+    ("XIV", "in-image hard negatives as a second stage"): 32,
+    ("XV", "sentence averaging"): 16,
+    ("XVII", "one false sentence injected"): 24,
+    ("XVI", "patch localisation"): 6,
+    ("I", "caption quality (Long-CLIP L/14 cosine, 1000 pairs)"): 2,
+    ("V", "preprocessing"): 4,
+    ("X", "parameters"): 2,
+}
+
+
+def params(*overrides):
+    return check(compose(list(overrides)))
+
+
+def long_captions(dataset="docci", images=5000, model=FAST_GOAL, **options):
+    values = {"backbone": "ViT-B-16", "direction": "text_to_image", "metric": "R@1", **options}
+    return beside(
+        dataset, values.pop("backbone"), model, values.pop("direction"), values.pop("metric"), images=images, **values
+    )
+
+
+def test_every_table_is_complete():
+    assert Counter((row.table, row.title) for row in results()) == ROWS
+    keys = [(r.table, r.title, r.dataset, r.method, r.backbone, r.direction, r.metric) for r in results()]
+    assert len(set(keys)) == len(keys)
+    assert all(0 < row.value <= 100 for row in results() if row.metric.startswith(("R@", "Top-")))
+
+
+@pytest.mark.parametrize(
+    ("table", "dataset", "method", "direction", "metric", "value"),
+    [
+        ("III", "DOCCI", "CLIP", "text_to_image", "R@1", 58.53),
+        ("III", "DCI", "FAST-GOAL", "image_to_text", "R@1", 56.74),
+        ("XI", "DOCCI", "GOAL", "text_to_image", "R@1", 79.04),
+        ("XVI", "DOCCI", "FAST-GOAL", "sentence_to_patch", "Top-15", 69.7),
+        ("V", "DCI", "FAST-GOAL (FLISM)", "", "minutes", 34.44),
+        ("X", "", "FAST-GOAL", "", "million", 426.9),
+    ],
+)
+def test_some_numbers(table, dataset, method, direction, metric, value):
+    wanted = (table, dataset, method, direction, metric)
+    assert [r.value for r in results() if (r.table, r.dataset, r.method, r.direction, r.metric) == wanted] == [value]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "task", "dataset", "images", "captions", "table", "value"),
+    [
+        (["experiment=paper_glit100k"], "long", "docci", 5000, 5000, "III", 74.27),
+        (["experiment=paper_glit100k"], "long", "dci", 7602, 7602, "III", 56.62),
+        (["experiment=paper_glit100k"], "short", "mscoco", 5000, 25000, "IV", 42.81),
+        (["experiment=paper_glit100k"], "short", "flickr30k", 1000, 5000, "IV", 72.5),
+        (["experiment=paper_glit100k"], "robustness", "docci", 5000, 5000, "XVII", 71.47),
+        (["experiment=paper_glit100k", "base.model=ViT-L-14"], "long", "docci", 5000, 5000, "XI", 78.55),
+        (["experiment=paper_docci"], "long", "docci", 5000, 5000, "V", 81.65),
+        (["experiment=paper_docci"], "short", "mscoco", 5000, 25000, "VI", 39.38),
+        (["experiment=paper_dci"], "long", "dci", 2000, 2000, "V", 72.99),
+        (["experiment=paper_glit100k_docci"], "long", "docci", 5000, 5000, "V", 84.16),
+        (["experiment=paper_docci", "objective=global"], "long", "docci", 5000, 5000, "VI", 76.02),
+        (["experiment=paper_docci", "objective=local"], "long", "docci", 5000, 5000, "VI", 70.33),
+        (["experiment=paper_docci", "objective=global_local"], "long", "docci", 5000, 5000, "VI", 78.27),
+        (["experiment=paper_glit100k", "flism.regions=detector"], "long", "docci", 5000, 5000, "VII", 69.41),
+        (["experiment=paper_glit100k", "flism.top_k=3", "finetune.pairs=all"], "long", "docci", 5000, 5000, "VIII", 71.51),
+        (["experiment=paper_glit100k_hard_negatives"], "long", "docci", 5000, 5000, "XIV", 51.0),
+    ],
+)
+def test_the_shipped_experiments_stand_beside_their_tables(overrides, task, dataset, images, captions, table, value):
+    run = params(*overrides)
+    model = recipe_of(run, "finetuned")
+    found = long_captions(dataset, images, model, backbone=run.base.model, task=task, captions=captions)
+    assert (found.value, found.table) == (value, table), found.words
+
+
+def test_the_base_stands_beside_clip():
+    model = recipe_of(params("experiment=paper_docci"), "base")
+    assert model == Recipe("CLIP")
+    assert long_captions(model=model)[:3] == (58.53, "III", "CLIP")
+    assert long_captions(model=model, task="sentence_average")[:3] == (39.0, "XV", "CLIP sentence-avg")
+    found = long_captions(model=model, task="localisation", direction="sentence_to_patch", metric="hit@10")
+    assert found == (57.78, "XVI", "CLIP", "which boxes and sentences the paper took is not known to us")
+
+
+def test_a_model_of_the_paper_can_be_named():
+    assert long_captions(model="global", table="VI").value == 76.02
+    assert long_captions(model="detector only", dataset="mscoco", task="short", backbone="ViT-B/16").value == 39.89
+    assert long_captions(model="top-5", table="VIII").words == (
+        "no number in the paper: its models there are top-3 uniform, top-3 similarity-weighted and single best pair"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dataset": "urban1k"}, "it measures DOCCI, DCI, MSCOCO and Flickr30k, not Urban1k"),
+        ({"table": "IV"}, "Table IV has none of DOCCI"),
+        ({"task": "shuffled"}, "patch localisation, not shuffled"),
+        ({"task": "short"}, "and patch localisation, not retrieval with short captions"),
+        ({"backbone": "ViT-B-32"}, "its models there are ViT-B/16 and ViT-L/14, not ViT-B/32"),
+        ({"images": 400}, "its test has 5,000 images of DOCCI, ours 400"),
+        ({"captions": 9000}, "its test has 5,000 captions of DOCCI, ours 9,000"),
+        ({"dataset": "dci", "images": 7805}, "its test has 7,602 and 2,000 images of DCI, ours 7,805"),
+        (
+            {"model": Recipe("a CLIP trained from scratch")},
+            "this model starts from a CLIP trained from scratch, its models there",
+        ),
+        (
+            {"model": replace(FAST_GOAL, trained_on=("scenes",))},
+            "this model was trained on scenes, its models there on nothing more, G",
+        ),
+        ({"model": replace(FAST_GOAL, objective="flair")}, "the objective here is flair, there global+local+TSL"),
+        ({"model": replace(FAST_GOAL, regions="spatial")}, "the regions here are spatial, there both or detector"),
+        (
+            {"model": replace(FAST_GOAL, pairs="top-5 uniform")},
+            "the local pairs here are top-5 uniform, there single best pair",
+        ),
+        ({"model": replace(FAST_GOAL, batch_sizes=(64,))}, "trained with batches of 64, its models there of 256"),
+        ({"model": replace(FAST_GOAL, epochs=(1,))}, "trained for 1 epochs, its models there for 10"),
+        ({"metric": "R@10"}, "it gives R@1, R@5, R@25 and R@50 there, not R@10"),
+        ({"direction": "sentence_to_patch"}, "it gives text_to_image and image_to_text alone there"),
+    ],
+)
+def test_where_there_is_no_number_the_reason_is_said(options, words):
+    found = long_captions(**options)
+    assert found[:3] == (None, "", "")
+    assert found.words.startswith("no number in the paper: ")
+    assert words in found.words
+
+
+def test_what_a_reader_has_to_bear_in_mind_is_said():
+    docci = recipe_of(params("experiment=paper_docci"), "finetuned")
+    assert long_captions(model=docci).words == "Table VI gives 79.06 for what is, as far as we know, the same setting"
+    assert long_captions(model=replace(docci, detector="yolo11n.pt"), table="VI").words == (
+        "regions of the detector yolo11n.pt, the paper's are of YOLOS-base"
+    )
+    dci = recipe_of(params("experiment=paper_dci"), "finetuned")
+    assert "drawn anew" in long_captions("dci", 2000, dci).words
+    assert long_captions().words == ""
+
+
+def test_objectives_that_the_paper_did_not_train_have_no_number():
+    for overrides in (["objective=goal"], ["objective.weights.local=1.0"], ["objective.weights.tsl_text=0.0"]):
+        model = recipe_of(params("experiment=paper_docci", *overrides), "finetuned")
+        assert "the objective here is" in long_captions(model=model).words
+    demo = recipe_of(params(), "finetuned")
+    assert "starts from a CLIP trained from scratch" in long_captions(model=demo).words
