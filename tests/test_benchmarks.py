@@ -187,16 +187,6 @@ def test_a_step_that_differs_from_the_published_one_is_noticed(training, few):
         training.assert_equal(clip, moved)
 
 
-def test_the_step_without_pooling_is_that_of_global_and_local(training, few):
-    clip, given = few
-    objective = training.inputs.objective("global_local")
-    plain, pooled = (
-        objective(features(clip, given.batch)) for features in (training.features_without_pooling, training.batch_features)
-    )
-    assert {name: value.item() for name, value in plain.items()} == {name: value.item() for name, value in pooled.items()}
-    assert set(plain) == {"global", "local", "loss"}
-
-
 def test_ways_take_turns_there_and_back(training):
     calls = []
     seconds = training.in_turns({name: lambda name=name: calls.append(name) for name in "abc"}, repeats=2)

@@ -177,11 +177,15 @@ def test_a_killed_run_keeps_its_finished_shards(clip, tmp_path):
 def test_an_error_in_the_middle_keeps_what_was_computed(clip, files, tmp_path):
     broken = [*files[:5], files[5]._replace(path=tmp_path / "absent.png")]
     crops = [(row, (0, 0, 9, side)) for row in range(6) for side in (9, 8)]
+    store = store_of(tmp_path, clip)
     with pytest.raises(DataError, match=r"absent\.png: the image file does not exist"):
-        embed_images([store_of(tmp_path, clip)], broken, crops)
+        embed_images([store], broken, crops)
     assert len(clip.images) == 8, "one batch of the ten crops before it"
-    store_of(tmp_path, clip).images(files[:4], [(0, 0, 9, 9)] * 4)
-    assert len(clip.images) == 8
+    embed_images([store], broken, crops[8:10])
+    assert len(clip.images) == 10, "and what waited is forgotten"
+    clip.images.clear()
+    store_of(tmp_path, clip).images(files[:5], [(0, 0, 9, 9)] * 5)
+    assert not clip.images
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "cut values", "cut keys", "no values", "no keys"])

@@ -1,5 +1,7 @@
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from small_training import RecordingTracker, params, write_project
 
 from fast_goal import stages
 from fast_goal.config import to_dict
-from fast_goal.errors import DataError, ModelError
+from fast_goal.errors import DataError, FastGoalError, ModelError
 from fast_goal.files import read_json
 from fast_goal.model.clip import Clip, build_scratch
 from fast_goal.stages import finetune, intermediate
@@ -119,6 +121,22 @@ def test_a_killed_first_stage_continues(monkeypatch):
     assert same(weights("models/intermediate/clip"), whole)
     assert Path("models/intermediate/start.json").read_bytes() == start, "the same weights, however they came about"
     assert len(Path("models/intermediate/history.csv").read_text().splitlines()) == len(history)
+
+
+def test_a_step_that_still_runs_is_not_run_beside(monkeypatch):
+    """As after the kill of a `dvc repro`, whose step goes on."""
+    code = "import sys; from pathlib import Path; from fast_goal.stages.training import alone; lock = alone(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", f"{code}; lock.__enter__(); input()"]
+    path = ".fast_goal/state/intermediate.lock"
+    with subprocess.Popen([*command, path], stdin=subprocess.PIPE) as other:
+        while not Path(path).is_file() or not Path(path).read_text():
+            assert other.poll() is None
+        with pytest.raises(FastGoalError, match=rf"intermediate is running .* process {other.pid} on .*run the step again"):
+            intermediate.main(params(*FIRST), RecordingTracker())
+        finetune.main(params(), RecordingTracker())  # another step may
+        other.kill()
+    intermediate.main(params(*FIRST, "intermediate.training.epochs=1"), RecordingTracker())
+    assert read_json("models/intermediate/metrics.json")["steps"] == 2
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,7 @@ def test_batch_moves_whole(make_scenes, tiny_clip):
 
 def test_a_worker_ends_with_the_training_it_works_for():
     trainer = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    code = f"from fast_goal.training.batches import _end_with; _end_with({trainer.pid}, every=0.1)"
+    code = f"from fast_goal.training.distributed import end_with; end_with({trainer.pid}, every=0.1)"
     worker = subprocess.Popen([sys.executable, "-c", code])
     with pytest.raises(subprocess.TimeoutExpired):
         worker.wait(timeout=6)  # still there, imports included
@@ -275,6 +275,14 @@ def test_no_two_of_a_group_in_a_batch(samples, groups, batch):
 
 def test_more_of_a_group_than_batches_meet_at_the_end():
     assert spread([0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 1, 2], 2) == [0, 4, 1, 5, 2, 3]
+
+
+def test_more_copies_than_batches_are_reported(caplog):
+    groups = [0, 0, 0, 1, 2, 3]
+    EpochBatches(6, 2, 0, groups)
+    assert caplog.text == ""
+    EpochBatches(6, 3, 0, groups)
+    assert "One picture has 3 samples, and an epoch 2 batches" in caplog.text
 
 
 def test_copies_of_a_picture_do_not_meet(make_scenes, tiny_clip):
@@ -327,3 +335,12 @@ def test_a_killed_worker_is_reported(make_scenes, tiny_clip):
         for _ in loader.epoch(0):
             for worker in loader._loader._iterator._workers:
                 worker.kill()
+
+
+@pytest.mark.gpu
+def test_the_parts_of_a_pinned_batch_are_pinned(make_scenes, tiny_clip):
+    dataset, pairs = make_scenes()
+    batch = PairDataset(dataset, "train", pairs, tiny_clip())[[0, 1, 2]]
+    assert not any(part.images.is_pinned() for part in batch.split(2))
+    for part in batch.pin_memory().split(2):
+        assert all(value.is_pinned() for value in vars(part).values() if isinstance(value, torch.Tensor))

@@ -5,9 +5,11 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import replace
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 from test_loop import CONFIG, WEIGHTS, fast_goal
@@ -163,14 +165,32 @@ def test_what_the_objective_does_not_look_at_stays(make_scenes, tiny_clip, tmp_p
                 assert torch.equal(value, start[name]) == stays, (case, name)
 
 
-def told_to_stop(folder, job, happens):
-    """The end of two processes, started by a third, of which one or all are sent SIGTERM."""
+def started(folder, job):
+    """The command of a process that starts two others."""
     (folder / "script.py").write_text(SCRIPT)
     (folder / "jobs.pickle").write_bytes(pickle.dumps([job]))
     code = f"from fast_goal.training.distributed import launch; launch(2, [{str(folder / 'script.py')!r}, {str(folder)!r}])"
+    return [sys.executable, "-c", code]
+
+
+def told_to_stop(folder, job, happens):
+    """The end of two processes, started by a third, of which one or all are sent SIGTERM."""
     return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "HAPPENS": happens}, capture_output=True, text=True, timeout=120
+        started(folder, job), env={**os.environ, "HAPPENS": happens}, capture_output=True, text=True, timeout=120
     )
+
+
+def test_a_kill_of_the_one_that_starts_them_leaves_none(make_scenes, tiny_clip, tmp_path):
+    config = replace(CONFIG, batch_size=6, epochs=100_000)
+    command = started(tmp_path, (*make_scenes(), tiny_clip(), fast_goal(), config))
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as starter:
+        while not states(tmp_path / "state.pt"):
+            assert starter.poll() is None
+            time.sleep(0.1)
+        shared = psutil.Process(starter.pid).children()
+        starter.kill()
+    assert len(shared) == 2
+    assert psutil.wait_procs(shared, timeout=30)[1] == []
 
 
 def test_a_signal_ends_all_and_the_state_is_continued(make_scenes, tiny_clip, tmp_path):

@@ -80,6 +80,21 @@ def test_what_the_gpu_refuses_is_decoded_on_the_cpu(tmp_path, caplog):
         GpuDecoder(made, CPU, exhausted)(encoded(made, order))
 
 
+def test_the_others_stay_on_the_gpu(tmp_path, monkeypatch):
+    made = views(photographs(tmp_path))
+    order, pairs = np.arange(4), np.arange(4)
+    expected = made.batch(order, pairs)
+    odd = (tmp_path / "odd.jpg").stat().st_size
+
+    def choosy(files, device):
+        return refusing(files, device) if odd in map(len, files) else pillow(files, device)
+
+    handed, on_cpu, of = encoded(made, order), [], made.of
+    monkeypatch.setattr(made, "of", lambda index, content: on_cpu.append(index) or of(index, content))
+    found = GpuDecoder(made, CPU, choosy)(handed)
+    assert on_cpu == [1] and (found.int() - expected.int()).abs().max() <= 3
+
+
 def test_a_damaged_or_changed_image_is_named(tmp_path):
     paths = photographs(tmp_path)
     made = views(paths)

@@ -11,6 +11,7 @@ import textwrap
 import time
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 
@@ -249,7 +250,7 @@ def test_a_damaged_state_costs_the_steps_since_the_one_before(make_scenes, tiny_
 class Losses:
     """An objective whose loss is given, step by step from 1."""
 
-    needs_local, alignment = False, "exact"
+    needs_local, needs_pooled, alignment = False, False, "exact"
 
     def __init__(self, *values):
         self.values, self.step = values, 0
@@ -285,6 +286,20 @@ def test_weights_that_are_spoilt_are_not_kept(make_scenes, tiny_clip, tmp_path):
     expected = r"not finite at step 3: .*The last good state is .*state\.00000002\.pt"
     with pytest.raises(FastGoalError, match=expected):
         run(tiny_clip(), *make_scenes(), tmp_path, config, Losses(2.0, 1.0, float("nan"), 1.0))
+    assert list(states(tmp_path / "state.pt")) == [2, 1]
+
+
+def test_weights_that_a_gradient_spoilt_are_not_kept(make_scenes, tiny_clip, tmp_path):
+    class Spoilt(Losses):
+        def __call__(self, features):
+            terms = super().__call__(features)
+            if self.step == 3:
+                terms["loss"] = terms["loss"] + (0 * features.image_global.sum()).sqrt()  # 0, and its gradient is no number
+            return terms
+
+    config = replace(CONFIG, log_every=1000, save_every=1, epochs=9, batch_size=2)
+    with pytest.raises(FastGoalError, match=r"weights are not finite after step 3, .*learning_rate.*00000002\.pt"):
+        run(tiny_clip(), *make_scenes(), tmp_path, config, Spoilt(2.0, 1.0, 1.0, 1.0))
     assert list(states(tmp_path / "state.pt")) == [2, 1]
 
 
@@ -499,6 +514,21 @@ def test_sigterm_finishes_the_step_and_writes_the_state(make_scenes, tiny_clip, 
     run(whole, dataset, pairs, tmp_path / "whole", config, on_step=note(histories[1]), on_epoch=measure)
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in continued.state_dict().items())
     assert without_rates(histories[0]) == without_rates(histories[1])
+
+
+def test_a_sigterm_to_all_processes_spares_those_that_decode(make_scenes, tiny_clip, tmp_path):
+    config = replace(CONFIG, workers=1, epochs=1000, save_every=10_000)
+
+    def on_step(step, record):
+        if step == 4:
+            for worker in psutil.Process().children(recursive=True):
+                worker.send_signal(signal.SIGTERM)
+        if step == 15:  # what was decoded before would not have lasted until here
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        run(tiny_clip(), *make_scenes(), tmp_path, config, on_step=on_step)
+    assert max(states(tmp_path / "state.pt")) == 15
 
 
 @pytest.mark.parametrize("parts", [1, 2])

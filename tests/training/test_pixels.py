@@ -233,6 +233,13 @@ def test_a_full_disk_shows_before_anything_is_decoded(tmp_path, monkeypatch):
         cached.batch(np.array([0]), np.array([0]))
 
 
+def test_a_file_that_was_deleted_is_named(tmp_path):
+    cached = CachedViews(views(photographs(tmp_path / "images")), tmp_path / "pixels")
+    cached._images.path.unlink()
+    with pytest.raises(DataError, match=r"images-.*views: the pixel cache cannot be opened \(No such file"):
+        pickle.loads(pickle.dumps(cached)).batch(np.array([0]), np.array([0]))
+
+
 def test_a_file_that_was_allocated_in_part_is_completed(tmp_path):
     plain = views(photographs(tmp_path / "images"))
     cached = CachedViews(plain, tmp_path / "pixels")

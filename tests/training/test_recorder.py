@@ -1,4 +1,5 @@
 import csv
+from functools import partial
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def test_first_step_that_is_not_finite_is_named(bad):
     recorder = Recorder("finetune")
     for step, value in [(7, 1.0), (8, bad), (9, bad)]:
         recorder.add(step, 4, {"tsl_image": torch.tensor(0.25), "loss": torch.tensor(value)})
-    for check in (recorder.check, recorder.flush):
+    for check in (partial(recorder.check, 9), recorder.flush):
         with pytest.raises(BadLoss, match=r"step 8: tsl_image = 0\.25, loss = .*finetune\.learning_rate") as error:
             check()
         assert (error.value.step, error.value.since) == (8, 8)
@@ -28,9 +29,9 @@ def test_first_step_that_is_not_finite_is_named(bad):
 
 def test_a_check_takes_nothing_from_the_next_record():
     recorder = Recorder("finetune")
-    recorder.check()
+    recorder.check(0)
     recorder.add(1, 4, {"loss": torch.tensor(3.0)})
-    recorder.check()
+    recorder.check(1, [torch.ones(2, 2), torch.zeros(())])
     assert recorder.flush()["loss"] == 3.0
 
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from fast_goal.errors import ConfigError
+from fast_goal.model.tokens import masked_mean
 from fast_goal.objectives import make_objective
+from fast_goal.training import step
 from fast_goal.training.batches import PairDataset
 from fast_goal.training.schedule import make_optimizer, parameter_groups, set_rate
 from fast_goal.training.step import TrainStep, batch_features
@@ -80,6 +82,31 @@ def test_parts_without_a_share_in_the_loss(samples, tiny_clip, term):
     train_step(clip, batch.split(4), objective, torch.optim.SGD(clip.parameters(), 0.0))  # the first and last have no pair
     assert_close(gradients(clip), gradients(whole))
     assert (clip.model.logit_scale.grad is None) == (term != "local")  # the others do not look at it
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_tokens_are_pooled_only_for_who_looks_at_them(samples, tiny_clip, monkeypatch, parts):
+    class Pooling:
+        def __init__(self, objective):
+            self.objective, self.needs_pooled = objective, True
+
+        def __call__(self, features):
+            assert features.region is not None and features.sentence_weight is not None
+            return self.objective(features)
+
+    def mean(*arguments):
+        means.append(1)
+        return masked_mean(*arguments)
+
+    monkeypatch.setattr(step, "masked_mean", mean)
+    batch, plain, found = samples[[7, 1, 4, 2, 9]], fast_goal(tsl_image=0.0, tsl_text=0.0), []
+    for objective, calls in ((plain, 0), (Pooling(plain), 2), (fast_goal(tsl_text=0.0), 2)):
+        clip, means = tiny_clip(), []
+        terms = train_step(clip, batch.split(parts), objective, torch.optim.SGD(clip.parameters(), 0.0))
+        assert bool(means) == bool(calls) and len(means) % 2 == 0
+        found.append((terms, gradients(clip)))
+    assert_close(found[0][0], found[1][0])
+    assert_close(found[0][1], found[1][1])
 
 
 def test_a_part_holds_the_features_of_its_samples(samples, tiny_clip):

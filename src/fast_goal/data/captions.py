@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -170,7 +170,21 @@ def _mended(word: str) -> str:
 @lru_cache(maxsize=65536)
 def _token_ids(text: str) -> np.ndarray:
     """The ids of a text without start and end token; uint16, because the cache may hold a data set's captions."""
-    return np.array(_tokenizer().encode(text), dtype=np.uint16)
+    tokenizer = _tokenizer()
+    words = tokenizer.pat.findall(tokenizer.clean_fn(text))
+    return np.array([piece for word in words for piece in _pieces(word)[0]], dtype=np.uint16)
+
+
+@lru_cache(maxsize=65536)
+def _pieces(word: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The byte pairs of a word of a cleaned text: their ids, and which characters of it hold their first and last bytes."""
+    tokenizer = _tokenizer()
+    # the character of each byte: byte pairs may cut a character in two
+    characters = [index for index, letter in enumerate(word) for _ in letter.encode("utf-8")]
+    pieces = tokenizer.bpe("".join(tokenizer.byte_encoder[byte] for byte in word.encode("utf-8"))).split(" ")
+    ends = list(accumulate(len(piece.removesuffix("</w>")) for piece in pieces))
+    firsts = tuple(characters[start] for start in [0, *ends[:-1]])
+    return tuple(tokenizer.encoder[piece] for piece in pieces), firsts, tuple(characters[end - 1] for end in ends)
 
 
 @lru_cache(maxsize=256)
@@ -178,20 +192,17 @@ def _token_characters(text: str) -> tuple[np.ndarray, np.ndarray]:
     """For each token of a text, the range of characters it came from: starts and ends, int64 [L], both ascending."""
     tokenizer = _tokenizer()
     cleaned = tokenizer.clean_fn(text)
-    first_of, last_of = _align(text, cleaned)
-    starts, ends = [], []
+    firsts, lasts = [], []
     for word in tokenizer.pat.finditer(cleaned):
-        # The character of each byte: byte pairs may cut a character in two.
-        characters = [index for index, letter in enumerate(word.group(), word.start()) for _ in letter.encode("utf-8")]
-        symbols = "".join(tokenizer.byte_encoder[byte] for byte in word.group().encode("utf-8"))
-        at = 0
-        for piece in tokenizer.bpe(symbols).split(" "):
-            length = len(piece.removesuffix("</w>"))
-            starts.append(first_of[characters[at]])
-            at += length
-            ends.append(last_of[characters[at - 1]])
+        (_, first, last), start = _pieces(word.group()), word.start()
+        firsts += [start + index for index in first]
+        lasts += [start + index for index in last]
+    starts, ends = np.array(firsts, dtype=np.int64), np.array(lasts, dtype=np.int64) + 1
+    if cleaned == text.lower() and len(cleaned) == len(text):  # letter by letter, as nearly always
+        return starts, ends
+    first_of, last_of = (np.array(of, dtype=np.int64) for of in _align(text, cleaned))
     # A replaced stretch maps to the whole of what it replaced, so neighbours may share a range but never go back.
-    return np.maximum.accumulate(np.array(starts, dtype=np.int64)), np.maximum.accumulate(np.array(ends, dtype=np.int64))
+    return np.maximum.accumulate(first_of[starts]), np.maximum.accumulate(last_of[ends - 1])
 
 
 def _align(text: str, cleaned: str) -> tuple[list[int], list[int]]:

@@ -153,7 +153,6 @@ class FeatureStore:
         self._waiting: list[_Waiting] = []
         self._finished: list[tuple[FeatureTable, list[bytes], np.ndarray]] = []
         self.seconds = 0.0  # that the model was at work
-        self.computed = {"images": 0, "texts": 0}
 
     @property
     def context_length(self) -> int:
@@ -220,8 +219,8 @@ class FeatureStore:
                 self.flush()
 
     def flush(self) -> None:
-        """Writes what was computed and not written yet."""
-        finished, self._finished = self._finished, []
+        """Writes what was computed and not written yet, and forgets what still waits to be computed."""
+        finished, self._finished, self._waiting = self._finished, [], []
         for table in (self._images, self._texts, self._patches):
             mine = [(keys, values) for owner, keys, values in finished if owner is table]
             if mine:
@@ -254,7 +253,6 @@ class FeatureStore:
             if asked:
                 keys = [_patch_key(batch[row].file, text) for row, text in asked]
                 self._keep(self._patches, keys, self._similarities(encoded.image_tokens, asked).numpy())
-        self.computed["images"] += len(batch)
         self.seconds += time.perf_counter() - begin
 
     def _similarities(self, tokens: Tensor, asked: Sequence[tuple[int, str]]) -> Tensor:
@@ -279,7 +277,6 @@ class FeatureStore:
             tokens[row, :shown] = tokenize([text], shown)[0][0]
         with self._running():
             features = finite(self.clip(tokens=tokens.to(self.device)).text_features[: len(batch)].float().cpu()).numpy()
-        self.computed["texts"] += len(batch)
         self.seconds += time.perf_counter() - begin
         return features
 

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -34,7 +34,8 @@ class Features:
     local_weight [P]: how much a pair counts, those of one image together 1; None: every pair counts 1.
     local_boxes [P, 4]: the regions, in pixels of their original image.
     scale: the logit scale, exponentiated, a scalar.
-    The local ones may be None if the objective's `needs_local` is False.
+    The local ones may be None if the objective's `needs_local` is False; region and sentence, with their weights, also where
+    `needs_pooled` is.
     """
 
     image_global: Tensor
@@ -51,12 +52,21 @@ class Features:
     scale: Tensor
 
 
+def given(features: Features, names: Iterable[str]) -> dict[str, Tensor]:
+    """Those of the named features that are there."""
+    return {name: value for name in names if (value := getattr(features, name)) is not None}
+
+
 class Objective(Protocol):
     """A loss over the features of one batch."""
 
     @property
     def needs_local(self) -> bool:
         """False if the crops, the sentences and the pooled tokens are not looked at, so that nobody need compute them."""
+
+    @property
+    def needs_pooled(self) -> bool:
+        """False if the regions and sentences pooled from tokens are not looked at."""
 
     @property
     def alignment(self) -> str:

@@ -24,7 +24,7 @@ from fast_goal.objectives.contrastive import clip_loss
 from fast_goal.objectives.tsl import TargetMatrix, tsl_loss
 
 TERMS = ("global", "local", "tsl_image", "tsl_text")
-LOCAL_TERMS = TERMS[1:]
+LOCAL_TERMS, POOLED_TERMS = TERMS[1:], TERMS[2:]
 SAME_SENTENCE = 1 - 1e-5  # cosine; equal texts are encoded equally up to rounding
 
 
@@ -71,6 +71,11 @@ class FastGoal:
     def needs_local(self) -> bool:
         """Whether a term that looks at local pairs has a weight."""
         return any(self.config.weights[term] for term in LOCAL_TERMS)
+
+    @property
+    def needs_pooled(self) -> bool:
+        """Whether a TSL term has a weight."""
+        return any(self.config.weights[term] for term in POOLED_TERMS)
 
     @property
     def alignment(self) -> str:

@@ -6,14 +6,19 @@ No step itself.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import logging
+import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fast_goal.config import FinetuneConfig, Params, to_dict
+from fast_goal.errors import FastGoalError
 from fast_goal.files import digest, file_digest, read_json, tree_digest, write_json, write_text
 from fast_goal.stages.base import measured
 
@@ -42,6 +47,7 @@ NOT_LEARNED = (
     "diverged",
 )
 MINIMUM_VALIDATION = 2  # images; with one, every recall is 100 %
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +76,15 @@ def train(stage: Stage, params: Params, track: Tracker) -> bool:
 
     Writes the model, and to the step's folder history.jsonl (a record per logged step and, where there is a validation
     split, one per epoch), the same as history.csv, and metrics.json. Of several processes the first one writes; the others
-    return False.
+    return False. Raises FastGoalError where the step is running in this folder already.
     """
+    from fast_goal.training.distributed import rank
+
+    with alone(STATE / f"{stage.step}.lock") if rank() == 0 else nullcontext():
+        return _train(stage, params, track)
+
+
+def _train(stage: Stage, params: Params, track: Tracker) -> bool:
     from fast_goal.data.records import PAIRS, load_dataset, read_table
     from fast_goal.environment import device
     from fast_goal.model.clip import Clip
@@ -150,6 +163,30 @@ def train(stage: Stage, params: Params, track: Tracker) -> bool:
     for name in ("history.jsonl", "history.csv", "metrics.json"):
         track.artifact(stage.output / name)
     return True
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Holds the lock in the file, which the system releases with the process however that ends. Raises FastGoalError where
+    another process holds it: a killed `dvc repro` leaves its step running, and two trainings would write one state."""
+    from fast_goal.tracking.identity import host
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            raise FastGoalError(
+                f"The step {path.stem} is running in this folder already, as the process {stream.read().strip()}. Wait for it, "
+                "or end it (on SIGTERM it writes its state), and run the step again."
+            ) from None
+        except OSError as error:
+            _log.warning("%s cannot be locked (%s): take care that the step runs in this folder only once.", path, error)
+        stream.truncate(0)
+        stream.write(f"{os.getpid()} on {host()}\n")
+        stream.flush()
+        yield
 
 
 def _ancestry(start: Path, name: str, start_digest: str) -> dict[str, Any]:

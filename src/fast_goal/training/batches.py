@@ -11,11 +11,12 @@ import functools
 import logging
 import multiprocessing
 import os
+import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,7 +35,7 @@ from fast_goal.errors import DataError, FastGoalError
 from fast_goal.model.clip import Clip
 from fast_goal.objectives import Objective
 from fast_goal.training.alignment import ALIGNMENTS, Alignment
-from fast_goal.training.distributed import Group
+from fast_goal.training.distributed import Group, end_with
 from fast_goal.training.gpu_decoding import Encoded, GpuDecoder, check_gpu, encoded
 from fast_goal.training.order import EpochBatches
 from fast_goal.training.pixels import CachedViews
@@ -109,7 +110,8 @@ class Batch:
                     rank_pairs=self.rank_pairs,
                 )
             )
-        return made
+        # from other memory the copy to the device would wait for what the device still has to do
+        return [part.pin_memory() for part in made] if self.images.is_pinned() else made
 
 
 class PairDataset(TorchDataset):
@@ -358,7 +360,14 @@ class Loader:
 
     def _loaded(self) -> Iterator[Batch | tuple[Batch, Encoded]]:
         """What the workers hand over."""
-        batches = iter(self._loader)
+        # A SIGTERM to all processes, as systemd and torchrun send it, is the trainer's matter: it still needs the step at hand.
+        # What is blocked here stays so in the fork server and the workers, which end with the trainer.
+        resource_tracker.ensure_running()  # as it starts, it would unblock the signal
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            batches = iter(self._loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         while True:
             try:
                 batch = next(batches, None)
@@ -411,16 +420,7 @@ def _unchanged(batch: T) -> T:
 
 
 def _start_worker(trainer: int, worker: int) -> None:
-    """`trainer` is the process the worker decodes for. The torch watchdog looks at the fork server, which outlives it."""
+    """`trainer` is the process the worker decodes for, and ends with: a `kill -9` of it leaves no workers behind. The torch
+    watchdog looks at the fork server, which outlives it."""
     prepare()
-    threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
-
-
-def _end_with(trainer: int, every: float = 5.0) -> None:
-    """Ends this process once `trainer` is gone, so that a `kill -9` of the training leaves no workers behind."""
-    while True:
-        time.sleep(every)
-        try:
-            os.kill(trainer, 0)
-        except ProcessLookupError:
-            os._exit(1)
+    threading.Thread(target=end_with, args=(trainer,), daemon=True).start()

@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from fast_goal.errors import ConfigError, FastGoalError
-from fast_goal.objectives import Features
+from fast_goal.objectives import Features, given
 
 TIMEOUT = timedelta(hours=1)  # the others wait while rank 0 measures on the validation split
 LOST = ("gloo", "NCCL")  # in the messages of torch's errors about a connection
@@ -95,10 +97,14 @@ def launch(count: int, arguments: Sequence[str]) -> None:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[Group]:
-    """The group that torchrun made, joined and left; a group of one where there is no torchrun."""
+    """The group that torchrun made, joined and left; a group of one where there is no torchrun.
+
+    A process of a group ends with the one that started it: a `kill -9` of that leaves none behind, which would train on, and
+    hold the GPUs, beside those that continue."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         yield Group()
         return
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     # gloo beside nccl: what the processes agree on between two steps waits for no GPU
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)
@@ -106,6 +112,16 @@ def process_group(device: torch.device) -> Iterator[Group]:
         yield Group(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+def end_with(process: int, every: float = 5.0) -> None:
+    """Ends this one, at once, when that process is gone; for a thread of its own. `every`: seconds between two looks."""
+    while True:
+        time.sleep(every)
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            os._exit(1)
 
 
 @contextmanager
@@ -188,8 +204,8 @@ def gathered(features: Features, pairs: Sequence[int], group: Group) -> Features
     rows = len(features.image_global)
     # float32 holds row numbers exactly up to 2**24
     own_rows = (features.local_rows + group.rank * rows).to(features.image_local.dtype)
-    joined = _all({name: getattr(features, name) for name in GLOBAL}, [rows] * group.world, group)
-    joined |= _all({name: getattr(features, name) for name in LOCAL} | {"local_rows": own_rows}, pairs, group)
+    joined = _all(given(features, GLOBAL), [rows] * group.world, group)
+    joined |= _all(given(features, LOCAL) | {"local_rows": own_rows}, pairs, group)
     scale = features.scale
     scale = scale.detach() + (scale - scale.detach()) / group.world
     return Features(**joined | {"local_rows": joined["local_rows"].long()}, scale=scale)

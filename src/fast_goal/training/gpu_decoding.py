@@ -133,13 +133,17 @@ class GpuDecoder:
             pictures = self._decode(files, self._device)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # it does not say which file it means
+        except RuntimeError as error:
+            if len(files) > 1:  # it does not say which file it means
+                for index, file in zip(indices, files, strict=True):
+                    yield from self._pictures([index], [file])
+                return
             if not self._warned:
                 reason = str(error).splitlines()[0]
                 _log.warning("The GPU cannot decode some of the images (%s): they are decoded on the CPU.", reason)
                 self._warned = True
-            for index, file in zip(indices, files, strict=True):
-                yield (torch.from_numpy(made.copy()) for made in self._views.of(index, file.numpy().tobytes()))
+            views = self._views.of(indices[0], files[0].numpy().tobytes())
+            yield (torch.from_numpy(made.copy()) for made in views)
             return
         for index, picture in zip(indices, pictures, strict=True):
             if (picture.shape[2], picture.shape[1]) != tuple(self._views.sizes[index].tolist()):

@@ -226,7 +226,7 @@ class _Training:
             self.best.offer(epoch + 1, measured)
 
     def _save(self) -> None:
-        self.recorder.check()  # no state holds weights that are spoilt
+        self.recorder.check(self.step, self.clip.parameters())  # no state holds weights that are spoilt
         if self.group.main:
             now = {"step": self.step, "seconds": self._seconds(), "history": self.recorder.history}
             average = None if self.average is None else self.average.model

@@ -31,10 +31,10 @@ from torch.utils._pytree import tree_leaves
 
 from fast_goal.config import FinetuneConfig
 from fast_goal.model.clip import Clip
-from fast_goal.objectives import Features, Objective
+from fast_goal.objectives import Features, Objective, given
 from fast_goal.training.batches import Batch
 from fast_goal.training.schedule import parameter_groups
-from fast_goal.training.step import ENCODED, batch_features
+from fast_goal.training.step import ENCODED, POOLED, batch_features
 
 CONTEXT = 600_000_000  # bytes of the CUDA context and of the libraries' workspaces; a guess
 FRAGMENTED = 0.05  # of what a step allocates, lost between blocks; a guess
@@ -171,7 +171,8 @@ class StepMemory:
         """The peak of one part of n samples, forward and backward, over what is there before."""
         key = plan.bf16, plan.checkpointing
         if key not in self._traced:
-            found = tuple(encoding_peak(self.clip, self._batch(count), *key, trained=self._trained) for count in TRACED)
+            pooled = self.objective.needs_pooled
+            found = tuple(encoding_peak(self.clip, self._batch(count), *key, self._trained, pooled) for count in TRACED)
             self._traced[key] = _Line.through(TRACED, found)
         return self._traced[key]
 
@@ -220,10 +221,15 @@ def fake(make: Any, *arguments: Any) -> Clip:
 
 
 def encoding_peak(
-    clip: Clip, batch: Batch, bf16: bool, checkpointing: bool, trained: Iterable[nn.Parameter] | None = None
+    clip: Clip,
+    batch: Batch,
+    bf16: bool,
+    checkpointing: bool,
+    trained: Iterable[nn.Parameter] | None = None,
+    pooled: bool = True,
 ) -> int:
     """Bytes that encoding a batch and going back through it takes at its peak, beside weights, their gradients and the batch
-    itself."""
+    itself. `pooled`: whether tokens are pooled."""
     clip.checkpointed(checkpointing)
     with _mode(clip):
         trained = list(clip.parameters() if trained is None else trained)
@@ -231,8 +237,8 @@ def encoding_peak(
             parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in trained]
         with Live([*clip.parameters(), *clip.buffers(), *gradients, *_tensors(batch)]) as live:
-            features = batch_features(clip, batch, torch.bfloat16 if bf16 else None)
-            wanted = [value for name in ENCODED if (value := getattr(features, name)).requires_grad]
+            features = batch_features(clip, batch, torch.bfloat16 if bf16 else None, pooled)
+            wanted = [value for value in given(features, ENCODED).values() if value.requires_grad]
             torch.autograd.backward(wanted, [torch.ones_like(value) for value in wanted])
         clip.zero_grad(set_to_none=True)
     clip.checkpointed(False)
@@ -244,18 +250,18 @@ def objective_peak(clip: Clip, objective: Objective, count: int, pairs: int) -> 
     of the features with their gradients."""
     local = count * pairs
     with _mode(clip), Live() as live:
-        rows = {name: count if name.endswith("_global") else local for name in ENCODED}
+        names = [name for name in ENCODED if objective.needs_pooled or name not in POOLED]
+        rows = {name: count if name.endswith("_global") else local for name in names}
         features = Features(
-            **{name: torch.ones(rows[name], clip.embed_dim, requires_grad=True) for name in ENCODED},
-            region_weight=torch.ones(local),
-            sentence_weight=torch.ones(local),
+            **{name: torch.ones(rows[name], clip.embed_dim, requires_grad=True) for name in names},
+            **{f"{name}_weight": torch.ones(local) for name in names if name in POOLED},
             local_rows=torch.zeros(local, dtype=torch.int64),
             local_weight=torch.ones(local),
             local_boxes=torch.ones(local, 4),
             scale=torch.ones((), requires_grad=True),
         )
         objective(features)["loss"].backward()
-    return live.peak, sum(2 * _size(getattr(features, name)) for name in ENCODED)
+    return live.peak, sum(2 * _size(getattr(features, name)) for name in names)
 
 
 class Live(TorchDispatchMode):

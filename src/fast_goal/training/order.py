@@ -37,6 +37,10 @@ class EpochBatches(Sampler[list[int]]):
         self._lengths = lengths
         if self.batch_size < batch_size:
             _log.warning("Only %d samples for a batch of %d: every batch holds them all.", samples, batch_size)
+        most = max(Counter(self._groups).values()) if self._groups is not None else 0
+        if most > self.steps:
+            message = "One picture has %d samples, and an epoch %d batches: some of them meet in a batch, as false negatives."
+            _log.warning(message, most, self.steps)
 
     def start(self, epoch: int, step: int = 0) -> None:
         """Chooses the epoch and its first step for the next iteration."""

@@ -109,10 +109,14 @@ class Slots:
     def _maps(self) -> tuple[int, np.ndarray, np.ndarray]:
         """File descriptor, sums uint64 [count], slots uint8 [count, stride]."""
         if self._open is None:
-            sums = np.memmap(self.path, np.uint64, "r", 0, (self.count,))
-            rows = np.memmap(self.path, np.uint8, "r", self._start, (self.count, self._stride))
-            # as plain arrays: what is computed from a memmap is one too
-            self._open = os.open(self.path, os.O_RDWR), np.asarray(sums), np.asarray(rows)
+            try:
+                sums = np.memmap(self.path, np.uint64, "r", 0, (self.count,))
+                rows = np.memmap(self.path, np.uint8, "r", self._start, (self.count, self._stride))
+                # as plain arrays: what is computed from a memmap is one too
+                self._open = os.open(self.path, os.O_RDWR), np.asarray(sums), np.asarray(rows)
+            except OSError as error:  # somebody has deleted it, or it belongs to another user
+                reason = error.strerror or error
+                raise DataError(f"{self.path}: the pixel cache cannot be opened ({reason}). Run the step again.") from None
         return self._open
 
 

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,13 @@ class Recorder:
         self._pending.append((step, torch.stack([value.detach().float() for value in values.values()])))
         self._samples += samples
 
-    def check(self) -> None:
-        """Raises BadLoss when any value since the last flush is not finite; it names the first such step."""
+    def check(self, step: int, weights: Iterable[torch.Tensor] = ()) -> None:
+        """Raises BadLoss when any value since the last flush is not finite, naming the first such step, or one of the weights
+        after `step`: a loss may be finite, and its gradient not. Waits for the device."""
         self._rows()
+        sums = [weight.detach().sum() for weight in weights]
+        if sums and not bool(torch.stack(sums).isfinite().all()):
+            raise BadLoss(f"The weights are not finite after step {step}, though its loss is. {self._advice}", step, since=step)
 
     def flush(self) -> dict[str, float]:
         """The last step's values and the `samples_per_second` since the last flush or `pause`. Raises BadLoss, as `check`."""
@@ -87,13 +91,15 @@ class Recorder:
         for (step, _), row in zip(self._pending, rows, strict=True):
             if not all(math.isfinite(value) for value in row):
                 terms = ", ".join(f"{name} = {value:.6g}" for name, value in zip(self._names, row, strict=True))
-                raise BadLoss(
-                    f"The loss is not finite at step {step}: {terms}. Lower {self._section}.learning_rate or raise "
-                    f"{self._section}.warmup_steps; a loss that jumps may need a gradient clip, or fp32.",
-                    step,
-                    since=step,
-                )
+                raise BadLoss(f"The loss is not finite at step {step}: {terms}. {self._advice}", step, since=step)
         return rows
+
+    @property
+    def _advice(self) -> str:
+        return (
+            f"Lower {self._section}.learning_rate or raise {self._section}.warmup_steps; a loss that jumps may need a gradient "
+            "clip, or fp32."
+        )
 
     @property
     def rate(self) -> float:

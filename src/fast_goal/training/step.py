@@ -25,29 +25,30 @@ from fast_goal.data.images import normalised
 from fast_goal.errors import ConfigError
 from fast_goal.model.clip import Clip
 from fast_goal.model.tokens import masked_mean, patch_mask, span_mask
-from fast_goal.objectives import Features, Objective
+from fast_goal.objectives import Features, Objective, given
 from fast_goal.training.batches import Batch
 from fast_goal.training.distributed import Group, gathered
 
-# the features that have gradients, of each tower; the first are there in every batch
+# the features that may have gradients, of each tower; the first are there for every objective and in every batch
 TOWERS = {
     "image": ("image_global", "image_local", "region"),
     "text": ("text_global", "text_local", "sentence"),
     "both": ("scale",),
 }
 ENCODED = (*TOWERS["image"], *TOWERS["text"])
+POOLED = ("region", "sentence")  # of them, from tokens
 
 
 class Encoder(torch.nn.Module):
-    """`batch_features` as a module, which DistributedDataParallel can wrap. `dtype` is that of autocast, None for none."""
+    """`batch_features` as a module, which DistributedDataParallel can wrap."""
 
-    def __init__(self, clip: Clip, dtype: torch.dtype | None = None):
+    def __init__(self, clip: Clip, dtype: torch.dtype | None = None, pooled: bool = True):
         super().__init__()
-        self.clip, self.dtype = clip, dtype
+        self.clip, self.dtype, self.pooled = clip, dtype, pooled
 
     def forward(self, batch: Batch) -> Features:
         """The features of the batch."""
-        return batch_features(self.clip, batch, self.dtype)
+        return batch_features(self.clip, batch, self.dtype, self.pooled)
 
 
 class TrainStep:
@@ -71,7 +72,7 @@ class TrainStep:
         self.clip, self.objective, self.optimizer = clip, objective, optimizer
         self.gradient_clip, self.max_logit_scale = gradient_clip, max_logit_scale
         self.group = group or Group()
-        self._plain = self._encode = Encoder(clip, dtype)
+        self._plain = self._encode = Encoder(clip, dtype, objective.needs_pooled)
         if self.group.world > 1:
             # the buffers are constants; torch 2.13 gave the option another name
             known = inspect.signature(DistributedDataParallel).parameters
@@ -87,7 +88,7 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         whole = self._encode(parts[0]) if len(parts) == 1 else self._without_graph(parts)
         leaves = dataclasses.replace(
-            whole, **{name: getattr(whole, name).detach().requires_grad_() for name in (*ENCODED, "scale")}
+            whole, **{name: value.detach().requires_grad_() for name, value in given(whole, (*ENCODED, "scale")).items()}
         )
         terms = self.objective(gathered(leaves, parts[0].rank_pairs, self.group))
         # DistributedDataParallel takes the mean over the processes; the gradient is the sum of what they contribute
@@ -106,7 +107,7 @@ class TrainStep:
         with torch.no_grad():
             found = [self._plain(part) for part in parts]
         names = (*ENCODED, "region_weight", "sentence_weight", "local_weight", "local_boxes")
-        joined = {name: torch.cat([getattr(part, name) for part in found]) for name in names}
+        joined = {name: torch.cat([getattr(part, name) for part in found]) for name in given(found[0], names)}
         firsts = accumulate((len(part) for part in parts), initial=0)
         rows = torch.cat([part.local_rows + first for part, first in zip(parts, firsts, strict=False)])
         return Features(**joined, local_rows=rows, scale=found[0].scale)
@@ -115,7 +116,8 @@ class TrainStep:
         """Sends the gradient of the features through the towers. `encoded`: the features with their graph, where one part is
         the whole batch; else each part is encoded again."""
         looked_at = {
-            tower: [name for name in names if getattr(leaves, name).grad is not None] for tower, names in TOWERS.items()
+            tower: [name for name, value in given(leaves, names).items() if value.grad is not None]
+            for tower, names in TOWERS.items()
         }
         if not any(looked_at[tower] and self._towers[tower][0].requires_grad for tower in ("image", "text")):
             raise ConfigError("The setting `freeze` leaves nothing to train: the objective looks at frozen towers alone.")
@@ -146,36 +148,36 @@ class TrainStep:
                     parameter.grad = None
 
 
-def batch_features(clip: Clip, batch: Batch, dtype: torch.dtype | None = None) -> Features:
+def batch_features(clip: Clip, batch: Batch, dtype: torch.dtype | None = None, pooled: bool = True) -> Features:
     """What the objective compares, in float32: each image, caption and sentence goes through its tower once.
 
     `region` [P, D] is the mean of the global image's patch tokens over the box, `sentence` [P, D] the mean of the long
     caption's tokens over the sentence's span, both through CLIP's own norm and projection. A box or span of which nothing
-    is visible has the weight 0. `dtype` is that of autocast, None for none.
+    is visible has the weight 0. With `pooled` False there are none of these four. `dtype` is that of autocast, None for none.
     """
     rows = batch.local_rows
     count = len(batch.long_tokens)
+    tokens: dict[str, torch.Tensor] = {}
     with torch.autocast(batch.images.device.type, dtype=dtype, enabled=dtype is not None):
         encoded = clip(images=normalised(batch.images, clip.mean, clip.std), tokens=batch.long_tokens)
-        if len(rows):
-            local_text = clip(tokens=batch.sentence_tokens).text_features
+        local_text = clip(tokens=batch.sentence_tokens).text_features if len(rows) else encoded.text_features[:0]
+        if pooled and len(rows):
             in_box = patch_mask(batch.boxes, clip.image_size, clip.patch_size)
             in_span = span_mask(batch.spans, batch.long_tokens.shape[1])
-            region = clip.project_image(masked_mean(encoded.image_tokens[rows], in_box))
-            sentence = clip.project_text(masked_mean(encoded.text_tokens[rows], in_span))
-            region_weight, sentence_weight = in_box.any(dim=1), in_span.any(dim=1)
-        else:
-            local_text = region = sentence = encoded.text_features[:0]
-            region_weight = sentence_weight = rows
+            tokens = {
+                "region": clip.project_image(masked_mean(encoded.image_tokens[rows], in_box)),
+                "sentence": clip.project_text(masked_mean(encoded.text_tokens[rows], in_span)),
+                "region_weight": in_box.any(dim=1),
+                "sentence_weight": in_span.any(dim=1),
+            }
+        elif pooled:
+            tokens = {"region": local_text, "sentence": local_text, "region_weight": rows, "sentence_weight": rows}
     return Features(
         image_global=encoded.image_features[:count].float(),
         text_global=encoded.text_features.float(),
         image_local=encoded.image_features[count:].float(),
         text_local=local_text.float(),
-        region=region.float(),
-        sentence=sentence.float(),
-        region_weight=region_weight.float(),
-        sentence_weight=sentence_weight.float(),
+        **{name: value.float() for name, value in tokens.items()},
         local_rows=rows,
         local_weight=batch.local_weights,
         local_boxes=batch.regions,
