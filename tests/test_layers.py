@@ -21,6 +21,7 @@ ORDER = [
     {"tracking"},
     {"stages"},
     {"configure"},
+    {"ablations"},
     {"doctor"},
     {"cli"},
     {"__main__"},

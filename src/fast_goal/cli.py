@@ -154,6 +154,37 @@ def configure_command(
     typer.echo(f"params.yaml: experiment {params.experiment}, data set {params.download.train_dataset}. Next: dvc repro")
 
 
+@app.command(
+    "ablate",
+    help="Run an ablation of the paper through DVC's experiment queue and write its table.\n\n"
+    "Examples: `fast-goal ablate table=VI` (V, VI, VII, VIII, XIV, XV, XVI, XVII), `fast-goal ablate table=VI seeds=[0] "
+    "arms=[global,fast_goal] experiment=demo finetune.epochs=2`. Called again, it goes on with what is missing.",
+    rich_help_panel="Models",
+)
+def ablate_command(
+    words: Annotated[
+        list[str],
+        typer.Argument(help="table=NAME, seeds=[...], arms=[...], experiment=NAME, KEY=VALUE for all arms", show_default=False),
+    ],
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Experiments at a time.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be run.")] = False,
+) -> None:
+    from fast_goal.ablations.study import ablate
+
+    typer.echo(ablate(words, jobs, dry_run))
+
+
+@app.command("report", rich_help_panel="Models")
+def report_command() -> None:
+    """Write report.md and report.html of models/reports again, from metrics.json, report.json and the pictures there.
+
+    Nothing is measured or drawn anew: `fast-goal evaluate` does that.
+    """
+    from fast_goal.evaluation.report import rewrite_report
+
+    typer.echo(rewrite_report(Path("models/reports")) / "report.html")
+
+
 class _ExportFormat(StrEnum):
     huggingface = "huggingface"
     onnx = "onnx"

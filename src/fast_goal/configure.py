@@ -13,6 +13,7 @@ from fast_goal.errors import ConfigError
 from fast_goal.files import write_text
 
 CONF = Path(__file__).parent / "conf"
+NO_GROUP = "ablation"  # the tables of `fast-goal ablate`
 HEADER = """# Composed by `{command}` from src/fast_goal/conf; the stages read only this file.
 # Change it with that command; `dvc exp run -S KEY=VALUE` changes it for one experiment.
 """
@@ -64,7 +65,7 @@ def check(values: dict[str, Any]) -> Params:
 
 def groups() -> dict[str, list[str]]:
     """The options of every configuration group, by group."""
-    folders = sorted(path for path in CONF.iterdir() if path.is_dir() and not path.name.startswith("_"))
+    folders = sorted(path for path in CONF.iterdir() if path.is_dir() and path.name != NO_GROUP)
     return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 

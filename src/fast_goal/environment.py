@@ -29,6 +29,11 @@ TELEMETRY_SWITCHES = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+WORK = Path(".fast_goal")  # caches, and what a killed run left
+WORK_VARIABLE = "FAST_GOAL_WORK"  # the folder of that kind to share, for a copy of the project
+WORK_SHARED_VARIABLE = "FAST_GOAL_WORK_SHARED"  # `caches`: without what a killed run left, for copies side by side
+SHARED = ("captions", "downloads", "embeddings", "features", "flism", "pixels", "shards")  # addressed by content
+SHARED_ALONE = ("state",)  # by one process at a time
 ULTRALYTICS_FOLDER = Path(".fast_goal/ultralytics")  # its settings file, which would else go to the home folder
 
 _library: Any = None  # torch drops the operators when their Library object dies
@@ -52,6 +57,22 @@ def prepare() -> None:
     for name in [name for name in sys.modules if name.startswith("torchvision.")]:
         del sys.modules[name]
     sys.meta_path.insert(0, _ExtensionFinder())
+
+
+def share_work() -> None:
+    """In a copy of the project (an experiment of DVC's queue): uses the caches of the folder that FAST_GOAL_WORK names, and
+    goes on where a run that was killed stopped."""
+    named = os.environ.get(WORK_VARIABLE)
+    if not named or Path(named).resolve() == WORK.resolve():
+        return
+    WORK.mkdir(exist_ok=True)
+    alone = () if os.environ.get(WORK_SHARED_VARIABLE) == "caches" else SHARED_ALONE
+    for name in (*SHARED, *alone):
+        link, folder = WORK / name, Path(named) / name
+        if not link.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)  # one that leads nowhere
+            link.symlink_to(folder, target_is_directory=True)
 
 
 def device() -> torch.device:

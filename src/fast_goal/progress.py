@@ -71,7 +71,7 @@ class Progress:
             percent,
             self._notes,
             f"{self.rate / self.scale:,.1f} {self.unit}/s",
-            f"left {_clock(left)}",
+            f"left {clock(left)}",
         ]
         return "  ".join(part for part in parts if part)
 
@@ -84,7 +84,8 @@ class Progress:
         self._stream.flush()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
     if seconds == float("inf"):
         return "?"
     hours, rest = divmod(int(seconds + 0.5), 3600)

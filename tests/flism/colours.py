@@ -22,6 +22,7 @@ def flism_config(**changes) -> FlismConfig:
         "splits": ["train", "val"],
         "regions": "both",
         "matcher": MatcherConfig(None, None),
+        "choice": "best",
         "pair_weights": "uniform",
         "classes": None,
         "merge_iou": None,

@@ -1,4 +1,4 @@
-"""The flow with a real DVC and a real Prefect server, in a repository of eight trivial steps."""
+"""The flow with a real DVC and a real Prefect server, in a repository of trivial steps."""
 
 import importlib.util
 import os
@@ -96,7 +96,7 @@ def test_runs_all_steps_then_none_then_reports_a_failure(flow, root, caplog, cap
     (root / "broken").unlink()
     said = capsys.readouterr().err
     assert "reproduce: the step `evaluate` failed" in said and "the disk is on fire" in said
-    assert [step for step, _ in log(root)[len(STEPS) :]] == ["download", "base", "flism", "validate", "publish", "finetune"]
+    assert [step for step, _ in log(root)[len(STEPS) :]] == list(STEPS[: STEPS.index("evaluate")])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -61,7 +61,9 @@ class Group:
         """The names of DVC's experiments among the children."""
         from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-        runs = self._client.search_runs([self._experiment_id], f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.run_id}'", max_results=1000)
+        runs = self._client.search_runs(
+            [self._experiment_id], f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{self.run_id}'", max_results=1000
+        )
         return {run.data.tags["dvc_experiment"] for run in runs if "dvc_experiment" in run.data.tags}
 
     def add(self, experiment: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:

@@ -317,12 +317,12 @@ def _open(step: str, params: Params) -> MlflowTracker:
         "dataset": dataset,
         "experiment": params.experiment,
     }
-    named = identity.dvc_experiment()
-    if named:
-        tags["dvc_experiment"] = named
+    name = f"{params.experiment}-{dataset}-{commit[:7]}"
+    if experiment := identity.dvc_experiment():
+        tags["dvc_experiment"] = name = experiment
     try:
         _close_dead_runs(client, experiment_id)
-        pipeline_run, is_new = _pipeline_run(client, experiment_id, tags, named or f"{params.experiment}-{dataset}-{commit[:7]}")
+        pipeline_run, is_new = _pipeline_run(client, experiment_id, tags, name)
         child = client.create_run(
             experiment_id,
             run_name=step,
