@@ -152,10 +152,11 @@ def scorer(dataset: Dataset, params: Params, device: torch.device) -> Callable[[
 
 
 def curve(runs: Sequence[dict[str, Any]], value: str, against: str) -> tuple[list[float], list[float], list[float]]:
-    """The mean over the seeds of one objective at each measured point: abscissa, mean, standard deviation (0 of one run)."""
+    """Over the seeds of one objective at each measured point: the abscissa (median: a machine may be busy for a while), the
+    mean, the standard deviation (0 of one run)."""
     rows = [[record for record in run["records"] if value in record] for run in runs]
     points = list(zip(*rows, strict=True))
-    across = [statistics.mean(record[against] for record in point) for point in points]
+    across = [statistics.median(record[against] for record in point) for point in points]
     mean = [statistics.mean(record[value] for record in point) for point in points]
     spread = [statistics.stdev(record[value] for record in point) if len(point) > 1 else 0.0 for point in points]
     return across, mean, spread
@@ -212,7 +213,8 @@ def table(found: dict[str, Any]) -> str:
         "# Learning curves of the demo\n",
         f"`python benchmarks/learning_curves.py --seeds {' '.join(map(str, seeds))}`, commit {about['commit']}, "
         f"{about['device']}, {about['cores']} cores, torch {about['torch']} with {about['torch_threads']} threads. Mean ± "
-        f"standard deviation over {len(seeds)} seeds of fine-tuning from one base; the validation split of the scenes.\n",
+        f"standard deviation over {len(seeds)} seeds of fine-tuning from one base; the validation split of the scenes; seconds "
+        "are the median over the seeds.\n",
         "![Learning curves](learning_curves.png)\n",
         "| objective | learning rate | long R@1, % | best patch in the box, % | seconds of training |",
         "|---|---:|---:|---:|---:|",

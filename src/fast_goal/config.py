@@ -266,7 +266,7 @@ class EvaluateConfig:
     seed: int = number(0)  # of the tasks that draw lots
     batch_size: int = number(1)
     bootstrap_samples: int = number(1)
-    pictures: int = number(0)  # queries shown in the retrieval picture
+    pictures: int = number(0)  # examples in each picture of examples; 0: none of these pictures
 
 
 @dataclasses.dataclass(frozen=True)

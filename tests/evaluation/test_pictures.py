@@ -2,6 +2,7 @@
 
 import matplotlib
 import numpy as np
+import pytest
 from PIL import Image
 
 from fast_goal.evaluation import pictures
@@ -53,3 +54,56 @@ def test_matplotlibs_settings_are_left_alone(tmp_path):
 def test_shorten_counts_what_it_leaves_out():
     assert pictures.shorten("one two  three", 3) == ("one two three", 0)
     assert pictures.shorten("one two three four five", 3) == ("one two three …", 2)
+
+
+@pytest.mark.parametrize("other", ["", "A cup on a table. It costs $5_a.", "word " * 400])
+def test_a_picture_of_mistakes(tmp_path, other):
+    Image.new("RGB", (30, 90), "red").save(tmp_path / "a.png")
+    captions = ["A dog on a table. It costs $5_a or $6^ {.", "word " * 400 + "x" * 300]
+    examples = [
+        pictures.Mistake(caption, tmp_path / "a.png", tmp_path / "a.png", other, {"base": 1, "finetuned": 1234})
+        for caption in captions
+    ]
+    pictures.draw_mistakes(examples, tmp_path / "out.png")
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.width > 1000
+
+
+def marked(text, other):
+    return [word for word, differs in pictures.differing(text, other) if differs]
+
+
+def test_the_differing_words_are_found_sentence_by_sentence():
+    text, other = "A red cube lies left of a ball. The sky is blue.", "The sky is grey. A green cube lies left of a ball!"
+    assert [word for word, _ in pictures.differing(text, other)] == text.split()
+    assert marked(text, other) == ["red", "blue."] and marked(other, text) == ["grey.", "green"]
+    assert marked(text, text.upper()) == [] == marked(text, "The sky is blue. A red cube lies left of a ball.")
+    assert marked("A dog on the grass.", "A cat on the grass.") == ["dog"]
+    assert marked("A dog on the grass.", "") == ["dog", "grass."], "small words are never marked"
+    assert pictures.differing("", "A cat.") == []
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_picture_of_components(tmp_path, same):
+    generator = np.random.default_rng(0)
+
+    def found(colour, side):
+        maps = generator.normal(size=(2, side, side, 3))
+        return pictures.Components([Image.new("RGB", (64, 64), colour)] * 2, maps, 0.5)
+
+    both = {"base": found("red", 4), "finetuned": found("red" if same else "blue", 4 if same else 2)}
+    pictures.draw_components(both, tmp_path / "out.png")
+    with Image.open(tmp_path / "out.png") as image:
+        rows = image.height
+    both["base"].maps[:] = 0  # nothing to tell apart
+    pictures.draw_components(both, tmp_path / "even.png")
+    assert (rows > 700) != same, "a row for the input of each model where they see the images differently"
+
+
+def test_a_map_and_curves_by_length(tmp_path):
+    plane = pictures.Plane(np.zeros((3, 2)), np.ones((3, 2)), 0.5, 0.4, None)
+    pictures.draw_planes({"base": plane, "finetuned": plane}, "x", tmp_path / "map.png")
+    points = [pictures.Point(60.0, 25, 10.0, 5.0, 15.0), pictures.Point(90.0, 30, 0.0, 0.0, 0.0)]
+    assert pictures.draw_lengths({"base": points, "finetuned": points}, "x", tmp_path / "lengths.png")
+    assert not pictures.draw_lengths({}, "x", tmp_path / "none.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lengths.png", "map.png"]

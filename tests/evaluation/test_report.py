@@ -1,11 +1,30 @@
 """The sentences of the report follow the numbers."""
 
+import dataclasses
+import json
+import re
 from copy import deepcopy
 
 import pytest
+from browser import browser, look
+from PIL import Image
 
-from fast_goal.evaluation.report import Facts, headlines, notes, verdict, write_report
+from fast_goal.errors import DataError
+from fast_goal.evaluation.published import Recipe
+from fast_goal.evaluation.report import (
+    Facts,
+    Picture,
+    comparisons,
+    headlines,
+    notes,
+    rewrite_report,
+    significance,
+    verdict,
+    write_report,
+)
 from fast_goal.evaluation.tasks import Section
+
+WAYS = ("text_to_image", "image_to_text")
 
 
 def retrieval(base, tuned, low, high):
@@ -40,8 +59,12 @@ def localisation(boxes="truth"):
 @pytest.fixture
 def facts():
     values = {field: "x" for field in Facts.__dataclass_fields__}
-    tables = {name: {} for name in ("seconds", "objective", "first_stage", "tasks")}
-    return Facts(**{**values, **tables, "bootstrap_samples": 1000, "base_kind": "pretrained"})
+    tables = {name: {} for name in ("seconds", "objective", "first_stage", "tasks", "params")}
+    lists = {"datasets": [], "skipped": []}
+    numbers = {"bootstrap_samples": 1000, "epochs": 2, "batch_size": 64}
+    recipes = {"base": Recipe("CLIP"), "finetuned": Recipe("CLIP", ("docci",), "global", batch_sizes=(64,), epochs=(10,))}
+    more = {"base_kind": "pretrained", "recipes": recipes, "views": {"base": "crop", "finetuned": "crop"}}
+    return Facts(**{**values, **tables, **lists, **numbers, **more})
 
 
 def test_headline():
@@ -101,9 +124,6 @@ def test_each_doubt_is_said(facts):
     assert "24.0 % R@1 text-to-image on the long captions of `x` (chance 0.1 %)" in said({"x": clear}, scratch)
     assert "no difference shown in R@1" in said({"x": {"long": retrieval(24.0, 25.0, -1.0, 3.0)}}, facts)
     assert "partly forgotten" in said({"x": {"short": retrieval(24.0, 20.0, -6.0, -2.0)}}, facts)
-    nothing = {"skipped": {"localisation": "boxes", "sentence_average": "long captions"}}
-    assert "`x`: no localisation, for want of boxes in the split `x`." in said({"x": clear | nothing}, facts)
-    assert "no sentence average, for want of long captions" in said({"x": clear | nothing}, facts)
     assert "scenes; those of one" not in said({"x": clear}, facts)
     assert "the 800 images show 400 scenes; those of one, which differ" in said({"x": clear | {"independent": 400}}, facts)
     assert "not ground truth" in said({"x": {"localisation": localisation("flism")}}, facts)
@@ -147,36 +167,173 @@ def block(base, tuned, drop=None):
     return found
 
 
-def test_every_task_has_a_table(tmp_path, facts):
-    views = {"base": "crop", "finetuned": "crop"}
-    names = ("truncation", "robustness", "short", "joint", "dropped")
-    sections = {name: Section(f"Title of {name}", f"About {name}.") for name in names}
+def measured():
     joint = {
-        "base": {way: {"mAP@10": 30.0} for way in ("text_to_image", "image_to_text")},
-        "finetuned": {way: {"mAP@10": 31.5} for way in ("text_to_image", "image_to_text")},
-        "difference": {
-            way: {"mAP@10": {"value": 1.5, "low": -1.0, "high": 4.0, "p": 0.3}} for way in ("text_to_image", "image_to_text")
-        },
+        "base": {way: {"mAP@10": 30.0} for way in WAYS},
+        "finetuned": {way: {"mAP@10": 31.5} for way in WAYS},
+        "difference": {way: {"mAP@10": {"value": 1.5, "low": -1.0, "high": 4.0, "p": 0.3}} for way in WAYS},
     }
-    found = {
+    return {
         "truncation": {"77": block(20.0, 40.0, -3.0), "full": block(21.0, 50.0)},
         "robustness": block(10.0, 30.0, -4.0),
         "joint": joint,
         "images": 800,
         "independent": 800,
         "seconds": {},
-        "skipped": {"dropped": "long captions"},
+        "skipped": {"sentence_average": "long captions"},
     }
-    write_report(tmp_path, {"x": found}, Facts(**{**facts.__dict__, "views": views, "tasks": sections}), [])
+
+
+@pytest.fixture
+def full(facts):
+    """Facts of a run of several tasks."""
+    names = ("truncation", "robustness", "short", "joint", "sentence_average", "long")
+    sections = {name: Section(f"Title of {name}", f"About {name}.") for name in names}
+    return dataclasses.replace(facts, tasks=sections)
+
+
+def test_one_table_holds_every_task(tmp_path, full):
+    write_report(tmp_path, {"x": measured()}, full, [])
     text = (tmp_path / "report.md").read_text()
-    parts = {part.splitlines()[0]: part for part in text.split("\n### ")[1:]}
-    assert list(parts) == ["Title of truncation", "Title of robustness", "Title of joint"]
-    assert "About truncation." in parts["Title of truncation"]
-    rows = [line for line in parts["Title of truncation"].splitlines() if line.startswith("|")][2:]
-    assert rows[0] == "| 77 | text to image | R@1 | 20.0 | 40.0 | +20.0 | +19.0 to +21.0 | below 0.001 | higher |"
-    assert rows[4] == "| 77 | both, mean | drop of R@1 | 9.0 | 6.0 | −3.0 | −4.0 to −2.0 | 0.250 | lower |"
-    assert [row.split(" | ")[0] for row in rows] == ["| 77"] * 5 + ["| full"] * 4
+    part = text.split("### All tasks of x")[1].split("###")[0]
+    rows = [line for line in part.splitlines() if line.startswith("| Title")]
+    assert (
+        rows[0]
+        == "| Title of truncation (77) | R@1 text to image | 20.0 | 40.0 | +20.0 (+19.0 to +21.0) | < 0.001 | 0.004 | higher |"
+    )
+    assert (
+        rows[7]
+        == "| Title of joint | mAP@10 image to text | 30.0 | 31.5 | +1.5 (−1.0 to +4.0) | 0.300 | 1.000 | no difference shown |"
+    )
+    assert rows[8] == "| Title of truncation (77) | 9.0 | 6.0 | −3.0 (−4.0 to −2.0) | 0.250 | 1.000 | no difference shown |"
+    assert len(rows) == 2 + 2 + 2 + 2 + 2, "two truncations, robustness and joint both ways, and two drops"
+    assert "About truncation." in part and "About short." not in part
     assert "R@10" not in text
-    row = "| all | image to text | mAP@10 | 30.0 | 31.5 | +1.5 | −1.0 to +4.0 | 0.300 | no difference shown |"
-    assert row in parts["Title of joint"]
-    assert "no dropped, for want of long captions" in text
+    assert "`x`: no sentence average, for want of long captions in the split `x`." in text.split("## What was left out")[1]
+
+
+def test_significance_is_that_of_holms_correction(full):
+    found = comparisons({"x": measured()}, full)
+    p_values = [comparison.difference["p"] for comparison in found]
+    ordered, highest, expected = sorted(range(len(p_values)), key=p_values.__getitem__), 0.0, {}
+    for place, index in enumerate(ordered):
+        highest = max(highest, min(1.0, p_values[index] * (len(p_values) - place)))
+        expected[index] = highest
+    assert [comparison.corrected for comparison in found] == pytest.approx([expected[i] for i in range(len(found))])
+    lines = significance(found)
+    assert lines[0].startswith("**The fine-tuned model is better** (6 of 10). Title of truncation (77): text to image +20.0, ")
+    assert lines[1].startswith("**No difference shown** (4 of 10). ") and "Title of robustness: drop −4.0" in lines[1]
+    assert len(lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "p", "count", "words"),
+    [(5.0, 0.01, 1, "better"), (-5.0, 0.01, 1, "worse"), (5.0, 0.03, 2, "only without"), (5.0, 0.06, 1, "No difference")],
+)
+def test_each_finding_has_its_sentence(full, value, p, count, words):
+    found = block(20.0, 20.0 + value)
+    for way in WAYS:
+        found["difference"][way]["R@1"] = {"value": value, "low": value - 1, "high": value + 1, "p": p}
+    chosen = comparisons({"x": {"short": found}}, full)[:count]
+    lines = significance(comparisons({"x": {"short": found}}, full) if count > 1 else chosen)
+    assert len(lines) == 1 and words in lines[0]
+
+
+def test_what_repeats_the_long_captions_counts_once(full):
+    found = {"long": block(21.0, 50.0), "truncation": {"77": block(20.0, 40.0, 1.0), "full": block(21.0, 50.0)}}
+    titles = [comparison.title for comparison in comparisons({"x": found}, full)]
+    assert titles == ["Title of truncation (77)"] * 3 + ["Title of long"] * 2
+
+
+def test_the_papers_numbers_stand_beside_ours(tmp_path, full):
+    facts = dataclasses.replace(full, backbone="ViT-B-16", tasks={"long": Section("Long", "About.")})
+    found = {"long": block(60.0, 81.0) | {"images": 5000, "captions": 5000}, "images": 5000, "independent": 5000}
+    found |= {"seconds": {}, "skipped": {}}
+    found["long"] |= {"mean_tokens": 100.0, "over_77_tokens": 50.0, "slices": {}}
+    write_report(tmp_path, {"docci": found}, facts, [])
+    part = (tmp_path / "report.md").read_text().split("### Beside the paper")[1].split("##")[0]
+    assert "| Long | fine-tuned | text to image | R@1 | 81.0 | 76.0 | +5.0 | Table VI, global |" in part
+    assert "No number" not in part, "the base has one too"
+    write_report(tmp_path, {"photos": found}, facts, [])
+    part = (tmp_path / "report.md").read_text().split("### Beside the paper")[1].split("##")[0]
+    assert "No number of the paper (base and fine-tuned: long): it measures" in part and "| Long" not in part
+
+
+def test_what_was_skipped_is_counted_by_reason(tmp_path, full):
+    write_report(tmp_path, {}, full, [])
+    assert "No sample was skipped." in (tmp_path / "report.md").read_text()
+    rows = [{"dataset": "x", "step": "flism", "reason": "no | region", "count": 1200}]
+    write_report(tmp_path, {}, dataclasses.replace(full, skipped=rows), [])
+    text = (tmp_path / "report.md").read_text()
+    assert "| x | flism | no \\| region | 1,200 |" in text and "No sample was skipped." not in text
+
+
+def test_the_contents_lead_to_every_section(tmp_path, full):
+    found = {"x": measured(), "y": measured()}
+    write_report(tmp_path, found, dataclasses.replace(full, params={"a": "# no heading"}), [])
+    text, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
+    links = re.findall(r"\[(.+?)\]\(#(.+?)\)", text.split("## Contents")[1].split("##")[0])
+    ids = re.findall(r'<h([1-4]) id="(.+?)">(.+?)</h', page)
+    assert [name for _, name in links] == [name for level, name, _ in ids if level in "23" and name != "contents"]
+    assert [words for words, _ in links] == [words for level, name, words in ids if level in "23" and name != "contents"]
+    assert len({name for _, name in links}) == len(links) >= 12
+    assert {"beside-the-paper", "beside-the-paper-1"} <= {name for _, name, _ in ids}
+
+
+def test_markdown_and_page_say_the_same(tmp_path, full):
+    write_report(tmp_path, {"x": measured()}, full, [])
+    text, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
+    cells = [cell.strip() for line in text.splitlines() if line.startswith("| ") for cell in line.strip("|").split(" | ")]
+    shown = re.sub(r"<[^>]+>", "", page).replace("&lt;", "<")
+    assert len(cells) > 80
+    assert all(cell.strip("`") in shown for cell in cells if cell not in ("", "| |") and not set(cell) <= set("-: |"))
+
+
+def test_the_report_is_written_again_without_measuring(tmp_path, full):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    pictures = [Picture("a.png", "A title", "A red field.", "x"), Picture("b.png", "Gone", "Not there.")]
+    write_report(tmp_path, {"x": measured()}, full, pictures[:1])
+    files = [tmp_path / f"report.{kind}" for kind in ("md", "html", "json")]
+    before = [path.read_bytes() for path in files]
+    (tmp_path / "metrics.json").write_text(json.dumps({"x": measured(), "seconds": 3.0}))
+    for path in files[:2]:
+        path.unlink()
+    assert rewrite_report(tmp_path) == tmp_path
+    assert [path.read_bytes() for path in files] == before
+
+    write_report(tmp_path, {"x": measured()}, full, pictures)
+    rewrite_report(tmp_path)
+    assert "Gone" not in files[0].read_text() and "A red field." in files[0].read_text()
+
+    files[2].write_text('{"facts": {"recipes": {}, "tasks": {}, "colour": 1}, "pictures": []}')
+    with pytest.raises(DataError, match=r"of another version.*fast-goal evaluate"):
+        rewrite_report(tmp_path)
+    files[2].unlink()
+    with pytest.raises(DataError, match=r"report\.json does not exist.*fast-goal evaluate"):
+        rewrite_report(tmp_path)
+
+
+@pytest.mark.skipif(browser() is None, reason="no Chromium here")
+def test_the_page_in_a_browser(tmp_path, full):
+    Image.new("RGB", (1600, 300), "red").save(tmp_path / "a.png")
+    found = {"x": measured(), "a_data_set_with_a_very_long_name_that_nobody_would_break": measured()}
+    params = {"download": {"origin": "https://example.org/" + "a" * 300}}
+    facts = dataclasses.replace(full, params=params, experiment="an_experiment_with_a_long_name_" * 3)
+    write_report(tmp_path, found, facts, [Picture("a.png", "A title", "A red field.", "x")])
+    page = (tmp_path / "report.html").read_text()
+    for width, seen in look(browser(), page, tmp_path, (320, 1200)).items():
+        links = seen.pop("links")
+        nothing = {"refused": [], "loaded": [], "broken": 0, "silent": 0, "overflow": 0, "dead_links": 0}
+        assert seen == {**nothing, "images": 1}, f"at {width} pixels"
+        assert links > 10
+
+
+@pytest.mark.skipif(browser() is None, reason="no Chromium here")
+def test_the_browser_would_tell(tmp_path):
+    page = (
+        '<html><head></head><body><img src="http://127.0.0.1:9/x.png"><a href="#nowhere">x</a>'
+        '<div style="width: 900px">x</div></body></html>'
+    )
+    seen = look(browser(), page, tmp_path, (320,))["320"]
+    assert seen["refused"] == ["http://127.0.0.1:9/x.png"] and seen["broken"] == seen["silent"] == seen["dead_links"] == 1
+    assert seen["overflow"] > 500

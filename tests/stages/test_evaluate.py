@@ -4,16 +4,22 @@ import base64
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from browser import browser, look
 from small_project import params, write_models, write_scenes
+from typer.testing import CliRunner
 
+from fast_goal.cli import app
 from fast_goal.data.records import PAIRS, write_table
 from fast_goal.errors import ConfigError, DataError
 from fast_goal.evaluation.features import FeatureStore
 from fast_goal.stages import evaluate
+
+KINDS = ("recall", "retrieval", "mistakes", "hits", "localisation", "components", "map")  # too few captions for `lengths`
 
 
 class Recorder:
@@ -101,7 +107,8 @@ def test_every_task_is_measured(evaluated):
     assert "scenes.joint.finetuned.text_to_image.mAP10" in track.numbers
     report = (folder / "report.md").read_text()
     for title in ("Averaged sentences", "Truncated captions", "One false sentence", "Single sentences", "Shuffled sentences"):
-        assert report.count(f"### {title}\n") == 2
+        assert report.count(f"* **{title}**. ") == 2
+        assert report.count(f"\n| {title}") == 2 * {"Single sentences": 2}.get(title, 3)
 
 
 def test_a_second_run_computes_nothing_and_finds_the_same(evaluated, monkeypatch):
@@ -126,8 +133,8 @@ def test_only_the_tasks_asked_for_are_run(tmp_path, monkeypatch):
     found = json.loads(Path("models/reports/metrics.json").read_text())["photos"]
     assert set(found) == {"short", "shuffled", "images", "independent", "seconds", "skipped"}
     text = Path("models/reports/report.md").read_text()
-    assert "### Shuffled sentences" in text and "long captions" not in text.split("## How")[0].split("### Shuffled")[0]
-    assert "localisation" not in text.lower() and "bf16, compared in float32" in text
+    assert "| Shuffled sentences | R@1 text to image |" in text and "Retrieval with long captions" not in text
+    assert "localisation" not in text.split("## Parameters")[0].lower() and "bf16, compared in float32" in text
     with pytest.raises(ConfigError, match=r"evaluate\.tasks\[0\] = 'zero_shot': expected one of 'long', 'short'"):
         params("evaluate.tasks=[zero_shot]")
 
@@ -138,6 +145,11 @@ def test_the_report_says_what_the_numbers_say(evaluated):
     text = (folder / "report.md").read_text()
     recall = [metrics["scenes"]["long"][model]["text_to_image"]["R@1"] for model in ("base", "finetuned")]
     assert f"text-to-image R@1 {recall[0]:.1f} → {recall[1]:.1f} %" in text.split("##")[0]
+    assert "| scenes | training, evaluation | " in text and "| photos | evaluation | " in text
+    assert "No sample was skipped." in text
+    part = text.split("## What is significant")[1].split("##")[0]
+    counts = [int(count) for count in re.findall(r"\((\d+) of 48\)", part)]
+    assert sum(counts) == 48, "every comparison has its place: 19 and 5 drops of either data set"
     assert "**The base is weak.**" in text
     assert "no difference shown" in text
     assert "Agreement with FLISM's own pairs, not ground truth" in text
@@ -157,13 +169,59 @@ def test_the_html_report_needs_no_other_file(evaluated):
     folder, _ = evaluated
     page = (folder / "report.html").read_text()
     sources = re.findall(r'src="([^"]*)"', page)
-    assert len(sources) == len(re.findall(r"!\[", (folder / "report.md").read_text())) >= 6
+    assert len(sources) == len(re.findall(r"!\[", (folder / "report.md").read_text())) == 2 * 7 + 2
     for source in sources:
         head, data = source.split(",", 1)
         assert head == "data:image/png;base64"
         assert base64.b64decode(data).startswith(b"\x89PNG")
     assert "<script" not in page and "http" not in page
-    assert page.count("<table>") == page.count('<div class="table">') >= 8
+    assert page.count("<table>") == page.count('<div class="table" tabindex="0">') >= 8
+
+
+@pytest.mark.skipif(browser() is None, reason="no Chromium here")
+def test_the_html_report_in_a_browser(evaluated, tmp_path):
+    page = (evaluated[0] / "report.html").read_text()
+    for width, seen in look(browser(), page, tmp_path, (390, 1200)).items():
+        links = seen.pop("links")
+        nothing = {"refused": [], "loaded": [], "broken": 0, "silent": 0, "overflow": 0, "dead_links": 0}
+        assert seen == {**nothing, "images": 16}, f"at {width} pixels"
+        assert links >= 15
+
+
+def test_the_report_is_written_again_by_a_command(evaluated, monkeypatch):
+    folder, _ = evaluated
+    monkeypatch.chdir(folder.parents[1])
+    files = [folder / f"report.{kind}" for kind in ("md", "html", "json")]
+    before = [path.read_bytes() for path in files]
+    files[0].unlink()
+    done = CliRunner().invoke(app, ["report"])
+    assert done.exit_code == 0, done.output
+    assert [path.read_bytes() for path in files] == before
+
+
+def test_the_pictures_are_those_of_the_data(evaluated):
+    folder, track = evaluated
+    drawn = {f"{name}_{kind}.png" for name in ("scenes", "photos") for kind in KINDS} | {"loss.png", "validation.png"}
+    assert {path.name for path in folder.glob("*.png")} == drawn
+    assert drawn <= set(track.files)
+    known = json.loads((folder / "report.json").read_text())["pictures"]
+    assert {picture["file"] for picture in known} == drawn
+    assert all(len(picture["text"]) > 40 and picture["title"] for picture in known)
+
+
+def test_the_curves_of_a_first_stage_are_drawn_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_scenes("photos", count=4)
+    write_models()
+    Path("models/intermediate").mkdir()
+    shutil.copy("models/finetune/history.jsonl", "models/intermediate")
+    small = ("evaluate.datasets=[photos]", "evaluate.tasks=[short]", "evaluate.pictures=0")
+    for first in ((), ("intermediate=before", "intermediate.dataset=photos")):
+        shutil.rmtree("models/reports", ignore_errors=True)
+        evaluate.main(params(*small, *first), Recorder())
+        text = Path("models/reports/report.md").read_text()
+        for name in ("intermediate_loss.png", "intermediate_validation.png"):
+            assert Path("models/reports", name).exists() == (f"]({name})" in text) == bool(first)
 
 
 def test_csv_files_for_the_plots(evaluated):

@@ -6,17 +6,20 @@ carries is also carried by a mark, a dash pattern or a word. matplotlib is impor
 
 from __future__ import annotations
 
+import difflib
 import functools
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
+import numpy as np
 from PIL import Image
 
+from fast_goal.data.captions import split_sentences
 from fast_goal.data.images import open_image
-from fast_goal.evaluation.comparison import MODELS
+from fast_goal.evaluation.comparison import CLIP_CONTEXT, MODELS
 from fast_goal.evaluation.embedding import PatchMap
 from fast_goal.evaluation.retrieval import DIRECTIONS
 from fast_goal.files import atomic_path
@@ -39,6 +42,14 @@ DIRECTION_LABELS = {"text_to_image": "text to image", "image_to_text": "image to
 SERIES = (BLUE, VERMILLION, GREEN, ORANGE, "#CC79A7", "#56B4E9", "#000000")
 DASHES = ("-", "--", "-.", ":")
 THUMBNAIL = 320  # pixels of the longer side; sharper than the picture shows them
+MARKED_WORDS = 110  # of a caption whose differences are marked; a guess at what fits beside its image
+MONOSPACE = 0.602  # width of a character of DejaVu Sans Mono, in font sizes
+# not marked where captions differ: they say nothing about the image; a guess, and of English only
+SMALL_WORDS = {
+    *("a", "an", "the", "this", "that", "it", "its", "you", "which", "there", "here"),
+    *("is", "are", "was", "were", "be", "been", "can", "has", "have", "see", "seen"),
+    *("and", "as", "at", "by", "in", "of", "on", "to"),
+}
 NOT_TERMS = {"step", "epoch", "learning_rate", "samples_per_second", "logit_scale"}
 STYLE = {
     "font.size": 11,
@@ -71,6 +82,47 @@ class Localisation:
     hits: dict[str, bool]  # model -> whether its most similar patch has its centre in the box
 
 
+@dataclass(frozen=True)
+class Mistake:
+    """A query for which the fine-tuned model puts a wrong image first."""
+
+    caption: str
+    image: Path  # the one described
+    confused: Path  # the one found first
+    confused_caption: str  # "" where it has none
+    ranks: dict[str, int]  # model -> rank of the one described
+
+
+@dataclass(frozen=True)
+class Components:
+    """The first three principal components of the patches of some images, as one model sees them."""
+
+    images: list[Image.Image]  # the model's inputs as pictures, E of them
+    maps: np.ndarray  # float [E, rows, columns, 3]
+    share: float  # of the variance, between 0 and 1
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Images and their captions on a plane, as one model embeds them."""
+
+    images: np.ndarray  # float [E, 2]
+    texts: np.ndarray  # float [E, 2]
+    share: float  # of the variance, between 0 and 1
+    own: float  # mean cosine of an image with its caption
+    other: float | None  # and with those of other images, None where there are none
+
+
+class Point(NamedTuple):
+    """Recall of captions of like length, in percent with its 95 % interval."""
+
+    tokens: float  # mean
+    captions: int
+    value: float
+    low: float
+    high: float
+
+
 def _styled(draw: Callable[P, T]) -> Callable[P, T]:
     """Draws with STYLE, and leaves matplotlib's own settings as they were."""
 
@@ -85,7 +137,7 @@ def _styled(draw: Callable[P, T]) -> Callable[P, T]:
 
 
 @_styled
-def draw_losses(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
+def draw_losses(history: Sequence[Mapping[str, Any]], path: Path, stage: str = "") -> bool:
     """Draws the training loss and its unweighted terms over the steps; False, and no picture, if there are none."""
     rows = [row for row in history if "loss" in row]
     terms = [name for name in (rows[0] if rows else {}) if name not in NOT_TERMS and isinstance(rows[0][name], int | float)]
@@ -103,14 +155,16 @@ def draw_losses(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
             linewidth=2.4 if name == "loss" else 1.6,
             marker="." if len(rows) < 3 else "",
         )
-    axes[0, 0].set(title="Training loss: the sum and its unweighted terms", xlabel="step", ylabel="loss", ylim=(0, None))
+    axes[0, 0].set(
+        title=f"Training loss{stage}: the sum and its unweighted terms", xlabel="step", ylabel="loss", ylim=(0, None)
+    )
     axes[0, 0].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, path)
     return True
 
 
 @_styled
-def draw_validation(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
+def draw_validation(history: Sequence[Mapping[str, Any]], path: Path, stage: str = "") -> bool:
     """Draws what was measured after each epoch of training; False, and no picture, if nothing was."""
     rows = [row for row in history if "loss" not in row]
     names = [name for name in (rows[0] if rows else {}) if name not in NOT_TERMS]
@@ -126,7 +180,7 @@ def draw_validation(history: Sequence[Mapping[str, Any]], path: Path) -> bool:
             linestyle=DASHES[index % len(DASHES)],
             marker="o",
         )
-    axes[0, 0].set(title="Validation split after each epoch", xlabel="epoch", ylabel="%")
+    axes[0, 0].set(title=f"Validation split after each epoch{stage}", xlabel="epoch", ylabel="%")
     axes[0, 0].xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, path)
@@ -212,7 +266,6 @@ def draw_localisations(examples: Sequence[Localisation], path: Path) -> None:
     Each map is coloured from its own lowest to its own highest similarity. The most similar patch bears a tick where its
     centre lies in the box, else a cross.
     """
-    import numpy as np
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
@@ -249,6 +302,173 @@ def draw_localisations(examples: Sequence[Localisation], path: Path) -> None:
             panel.set_xlabel(f"cosine {grid.min():.2f} (dark) to {grid.max():.2f} (light)", fontsize=9)
     figure.suptitle("Where the patches are most like the sentence", fontsize=13)
     _save(figure, path)
+
+
+@_styled
+def draw_mistakes(examples: Sequence[Mistake], path: Path) -> None:
+    """Draws for each query its caption and image, and beside them the image found first and its caption.
+
+    Bold, coloured and underlined are the words in which a sentence differs from the most similar one of the other caption.
+    """
+    figure, axes = _figure(len(examples), 4, (15, 3.0 * len(examples) + 0.4), widths=[2.1, 1, 1, 2.1])
+    for row, example in zip(axes, examples, strict=True):
+        for panel in row:
+            panel.axis("off")
+        _marked_text(row[0], differing(example.caption, example.confused_caption), BLUE)
+        if example.confused_caption:
+            _marked_text(row[3], differing(example.confused_caption, example.caption), VERMILLION)
+        else:
+            row[3].text(0, 0.5, "(an image without a long caption)", transform=row[3].transAxes)
+        row[1].imshow(_square(example.image))
+        ranks = ", ".join(f"{LABELS[model]} {example.ranks[model]:,}" for model in MODELS)
+        row[1].set_title(f"described; its rank:\n{ranks}", fontsize=10, color=BLUE)
+        row[2].imshow(_square(example.confused))
+        row[2].set_title("✗ found first by\nthe fine-tuned model", fontsize=10, color=VERMILLION)
+    figure.suptitle("Queries whose image is not found first: the query and its image, then the confused image and its caption")
+    _save(figure, path)
+
+
+@_styled
+def draw_components(found: Mapping[str, Components], path: Path) -> None:
+    """Draws a column for each image: as the model sees it, and its patches coloured by their principal components.
+
+    The three components are red, green and blue, each from its 2nd to its 98th percentile over all the patches.
+    """
+    same = all(len(each.images) == len(found["base"].images) for each in found.values()) and all(
+        image.tobytes() == other.tobytes() for image, other in zip(found["base"].images, found["finetuned"].images, strict=True)
+    )
+    rows: list[tuple[str, str, Sequence[Any]]] = []
+    for model in MODELS:
+        maps = found[model].maps
+        if model == "base" or not same:
+            label = "the models' input" if same else f"input, {LABELS[model]}"
+            rows.append((label, "", found[model].images))
+        low, high = np.percentile(maps, [2, 98], axis=(0, 1, 2))
+        colours = ((maps - low) / np.where(high > low, high - low, 1)).clip(0, 1)
+        rows.append((LABELS[model], f"{100 * found[model].share:.0f} % of the\nvariance", colours))
+    count = len(found["base"].images)
+    figure, axes = _figure(len(rows), count + 1, (1.9 * (count + 0.7), 1.95 * len(rows) + 0.4), widths=[0.7, *[1] * count])
+    for line, (label, note, images) in zip(axes, rows, strict=True):
+        line[0].axis("off")
+        line[0].text(1, 0.5, f"{label}\n{note}".strip(), ha="right", va="center", transform=line[0].transAxes)
+        for panel, image in zip(line[1:], images, strict=True):
+            panel.imshow(image, interpolation="nearest")
+            panel.set(xticks=[], yticks=[])
+            panel.grid(False)
+            panel.spines[:].set_visible(False)
+    figure.suptitle("Patches after the last block: their first three principal components as red, green and blue", fontsize=13)
+    _save(figure, path)
+
+
+@_styled
+def draw_planes(found: Mapping[str, Plane], name: str, path: Path) -> None:
+    """Draws images and captions of both models as points of a plane, those that belong together joined by a line."""
+    figure, axes = _figure(1, len(found), (5.2 * len(found), 5.2))
+    for panel, (model, plane) in zip(axes[0], found.items(), strict=True):
+        for image, text in zip(plane.images, plane.texts, strict=True):
+            panel.plot(*zip(image, text, strict=True), color=GREY, linewidth=0.7, alpha=0.6, zorder=1)
+        panel.scatter(*plane.images.T, color=ORANGE, edgecolor="black", linewidth=0.4, marker="s", s=34, label="image")
+        panel.scatter(*plane.texts.T, color=BLUE, edgecolor="black", linewidth=0.4, marker="o", s=34, label="long caption")
+        cosines = f"mean cosine of a pair {plane.own:.2f}"
+        if plane.other is not None:
+            cosines += f", of others {plane.other:.2f}"
+        panel.set_title(f"{LABELS[model]}: {100 * plane.share:.0f} % of the variance\n{cosines}")
+        panel.set(xticks=[], yticks=[], xlabel="first principal component", ylabel="second principal component")
+        panel.set_aspect("equal", adjustable="datalim")
+    axes[0, 0].legend(frameon=False, loc="best")
+    figure.suptitle(f"Images and their long captions, joined by a line ({name})", fontsize=13)
+    _save(figure, path)
+
+
+@_styled
+def draw_lengths(found: Mapping[str, Sequence[Point]], name: str, path: Path) -> bool:
+    """Draws R@1 over the length of the caption with its intervals; False, and no picture, if there is nothing to draw."""
+    if not found:
+        return False
+    figure, axes = _figure(1, 1, (8, 4))
+    panel = axes[0, 0]
+    for shift, model in zip((0.35, -0.35), ("finetuned", "base"), strict=True):  # of the bars, which would hide each other
+        points = found[model]
+        values = [point.value for point in points]
+        errors = [[point.value - point.low for point in points], [point.high - point.value for point in points]]
+        panel.errorbar(
+            [point.tokens + shift for point in points], values, errors, label=LABELS[model], capsize=3, **LINES[model]
+        )
+    points = found["base"]
+    if points[0].tokens < CLIP_CONTEXT < points[-1].tokens:
+        panel.axvline(CLIP_CONTEXT, color=GREY, linestyle=":")
+        panel.annotate(
+            " CLIP's own context",
+            (CLIP_CONTEXT, 1),
+            xycoords=("data", "axes fraction"),
+            va="top",
+            fontsize=9,
+            color=GREY,
+        )
+    counts = sorted({point.captions for point in points})
+    several = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    panel.set(
+        title=f"R@1, text to image, by the length of the caption ({name})",
+        xlabel=f"tokens of the caption (mean of the {several} captions behind each point)",
+        ylabel="R@1 (%), 95 % interval",
+        ylim=(0, None),
+    )
+    panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, path)
+    return True
+
+
+def differing(text: str, other: str) -> list[tuple[str, bool]]:
+    """The words of a text, and whether each differs from the most similar sentence of the other text: whether it has no
+    counterpart there, in order. Case, punctuation and SMALL_WORDS do not count."""
+    theirs = [[plain for plain in _plain(sentence.text) if plain not in SMALL_WORDS] for sentence in split_sentences(other)]
+    found = []
+    for sentence in split_sentences(text):
+        words, plain = sentence.text.split(), _plain(sentence.text)
+        places = [place for place, word in enumerate(plain) if word and word not in SMALL_WORDS]
+        mine = [plain[place] for place in places]
+        matchers = [difflib.SequenceMatcher(None, mine, words_of_theirs, autojunk=False) for words_of_theirs in theirs]
+        differs = set(places)
+        if matchers:
+            for block in max(matchers, key=difflib.SequenceMatcher.ratio).get_matching_blocks():
+                differs -= set(places[block.a : block.a + block.size])
+        found += [(word, place in differs) for place, word in enumerate(words)]
+    return found
+
+
+def _plain(text: str) -> list[str]:
+    return [word.casefold().strip(".,;:!?\"'()") for word in text.split()]
+
+
+def _marked_text(panel: Axes, words: Sequence[tuple[str, bool]], colour: str, columns: int = 54) -> None:
+    """Writes words, each with whether it is marked, from the top left of the panel in lines of `columns` characters."""
+    size, height = 10.0, 14.0  # points
+    shown = list(words[:MARKED_WORDS])
+    if omitted := len(words) - len(shown):
+        shown += [(word, False) for word in f"[{omitted} more words]".split()]
+    options: dict[str, Any] = {
+        "xycoords": "axes fraction",
+        "textcoords": "offset points",
+        "family": "monospace",
+        "fontsize": size,
+    }
+    runs: list[tuple[int, int, str, bool]] = []  # line, column, words that look alike
+    column, line = 0, 0
+    for full, differs in shown:
+        word = full if len(full) <= columns else f"{full[: columns - 1]}…"
+        if column and column + 1 + len(word) > columns:
+            column, line = 0, line + 1
+        if column and runs[-1][3] == differs:
+            runs[-1] = (*runs[-1][:2], f"{runs[-1][2]} {word}", differs)
+        else:
+            runs.append((line, column + bool(column), word, differs))
+        column += bool(column) + len(word)
+    for line, column, text, differs in runs:
+        x, y = column * MONOSPACE * size, -(line + 1) * height
+        style = {"color": colour, "fontweight": "bold"} if differs else {"color": "black"}
+        panel.annotate(text, (0, 1), (x, y), **options, **style)
+        if differs:
+            panel.annotate("▁" * len(text), (0, 1), (x, y - 2.5), **options, color=colour)
 
 
 def shorten(text: str, words: int) -> tuple[str, int]:

@@ -201,7 +201,11 @@ def recipe_of(params: Params, model: str) -> Recipe:
     return dataclasses.replace(
         recipe,
         regions=flism.regions,
-        pairs=f"top-{flism.top_k} {weighting}" if several else FAST_GOAL.pairs,
+        pairs=f"{flism.choice} regions"
+        if flism.choice != "best"
+        else f"top-{flism.top_k} {weighting}"
+        if several
+        else FAST_GOAL.pairs,
         detector="" if flism.regions == "spatial" else base.detector.weights,
     )
 

@@ -1,7 +1,7 @@
 """`fast-goal evaluate`: measures the base and the fine-tuned model on the same questions, and writes the report.
 
-Writes to `models/reports/`: metrics.json, recall.csv and history.csv (for `dvc plots`), report.md, report.html and the
-pictures.
+Writes to `models/reports/`: metrics.json, recall.csv and history.csv (for `dvc plots`), report.md, report.html, the
+pictures, and report.json, what else the report tells: `fast-goal report` makes the two reports from it again.
 """
 
 from __future__ import annotations
@@ -24,25 +24,24 @@ if TYPE_CHECKING:
     from fast_goal.tracking import Tracker
 
 FLISM, BASE, FINETUNE, OUTPUT = Path("data/flism"), Path("models/base"), Path("models/finetune"), Path("models/reports")
+INTERMEDIATE, RECORDS = Path("models/intermediate"), Path("data/records")
 # Where each step before this one wrote down how long it took.
 TIMES = {
-    "download": Path("data/records/metrics.json"),
+    "download": RECORDS / "metrics.json",
     "base": BASE / "metrics.json",
     "flism": FLISM / "metrics.json",
     "validate": Path("data/validation/summary.json"),
-    "intermediate": Path("models/intermediate/metrics.json"),
+    "intermediate": INTERMEDIATE / "metrics.json",
     "finetune": FINETUNE / "metrics.json",
 }
-SHOWN = 5  # images per query in the retrieval picture
-PICTURE_SEED = 0  # fixed: the examples are drawn, not chosen
 
 
 def main(params: Params, track: Tracker) -> None:
     """Runs the step. Raises DataError for a missing data set or an image that cannot be read, ModelError for a model."""
     from fast_goal import environment
     from fast_goal.data.records import load_dataset
-    from fast_goal.evaluation import comparison, embedding, features, pictures, tasks
-    from fast_goal.evaluation.report import Picture, write_report
+    from fast_goal.evaluation import comparison, embedding, features, tasks
+    from fast_goal.evaluation.report import write_report
     from fast_goal.model.clip import Clip
 
     begin = time.monotonic()
@@ -65,20 +64,19 @@ def main(params: Params, track: Tracker) -> None:
         recall += comparison.recall_rows(name, metrics[name], config.ks)
         drawn += _draw(name, study, metrics[name])
 
-    history = _history(FINETUNE / "history.jsonl")
-    if pictures.draw_losses(history, OUTPUT / "loss.png"):
-        drawn.append(Picture("loss.png", "The training loss and its terms, before weighting, over the steps of fine-tuning."))
-    if pictures.draw_validation(history, OUTPUT / "validation.png"):
-        drawn.append(Picture("validation.png", "What was measured on the validation split after each epoch."))
+    history = _history(FINETUNE)
+    drawn += _draw_training("loss", "validation", "", history)
+    if params.intermediate.dataset is not None:
+        drawn += _draw_training("intermediate_loss", "intermediate_validation", " of the first stage", _history(INTERMEDIATE))
     _write_csv(OUTPUT / "recall.csv", recall, ["dataset", "captions", "direction", "k", "model", "recall"])
     _write_csv(OUTPUT / "history.csv", [row for row in history if "loss" in row], ["step", "loss"])
     seconds = time.monotonic() - begin
-    write_report(OUTPUT, metrics, _facts(params, clips, device, seconds), drawn)
     write_json(OUTPUT / "metrics.json", {**metrics, "seconds": seconds})
+    write_report(OUTPUT, metrics, _facts(params, clips, device, seconds), drawn)
 
     track.metrics(comparison.flatten({**metrics, "seconds": seconds}))
     track.headline(_headline(metrics))
-    for file in ("report.md", "report.html", *(picture.file for picture in drawn)):
+    for file in ("report.md", "report.html", "report.json", *(picture.file for picture in drawn)):
         track.artifact(OUTPUT / file)
 
 
@@ -91,96 +89,101 @@ def _pairs(name: str) -> Any:
 
 
 def _draw(name: str, study: Study, metrics: Mapping[str, Any]) -> list[Picture]:
-    """Draws the pictures of one data set."""
-    from fast_goal.evaluation import pictures
+    """Draws the pictures of one data set, those for which it has something to show."""
+    from fast_goal.evaluation import examples, pictures
     from fast_goal.evaluation.report import Picture
 
-    config, drawn = study.config, []
+    config, count, drawn = study.config, study.config.pictures, []
 
-    def add(kind: str, text: str) -> None:
-        drawn.append(Picture(f"{name}_{kind}.png", text, name))
+    def file(kind: str) -> Path:
+        return OUTPUT / f"{name}_{kind}.png"
 
-    if pictures.draw_recall(metrics, config.ks, name, OUTPUT / f"{name}_recall.png"):
-        add("recall", f"Recall at k on {name}, of the fine-tuned model (solid), the base (dashed) and chance (dotted).")
-    if "long" in metrics and config.pictures:
-        queries = _retrievals(study, config.pictures)
-        pictures.draw_retrievals(queries, OUTPUT / f"{name}_retrieval.png")
-        add(
-            "retrieval",
-            f"The first {SHOWN} images for {len(queries)} long captions of {name}, drawn at random, not chosen. A tick and a "
-            "thick blue frame mark the image described, a cross any other; beside each row, the rank of the image described.",
-        )
+    def add(kind: str, title: str, text: str) -> None:
+        drawn.append(Picture(file(kind).name, title, text, name))
+
+    if pictures.draw_recall(metrics, config.ks, name, file("recall")):
+        text = f"Recall at k on {name}, of the fine-tuned model (solid), the base (dashed) and chance (dotted)."
+        add("recall", "Recall at k", text)
+    if "long" in metrics:
+        if pictures.draw_lengths(examples.recall_by_length(study), name, file("lengths")):
+            add(
+                "lengths",
+                "Recall by length",
+                f"Text-to-image R@1 on {name} over the tokens of the long caption, with 95 % intervals: the fine-tuned model "
+                "(solid) and the base (dashed).",
+            )
+        if count:
+            queries = examples.retrievals(study, count)
+            pictures.draw_retrievals(queries, file("retrieval"))
+            add(
+                "retrieval",
+                "What is found first",
+                f"The first {examples.SHOWN} images for {len(queries)} long captions of {name}, drawn at random, not chosen. A "
+                "tick and a thick blue frame mark the image described, a cross any other; beside each row, the rank of the "
+                "image described.",
+            )
+        if count and (mistakes := examples.mistakes(study, count)):
+            pictures.draw_mistakes(mistakes, file("mistakes"))
+            add(
+                "mistakes",
+                "What is confused",
+                f"{len(mistakes)} long captions of {name} for which the fine-tuned model finds a wrong image first, drawn at "
+                "random from all such: at the left the query and its image, at the right the image found first and that one's "
+                "caption. Bold, coloured and underlined: the words in which a sentence differs from the most similar one of "
+                "the other caption.",
+            )
     if "localisation" in metrics:
-        pictures.draw_hits(metrics["localisation"], config.patch_ks, name, OUTPUT / f"{name}_hits.png")
-        add("hits", f"How often one of the k patches most similar to a sentence lies in its box, on {name}.")
-        if config.pictures and (examples := _localisations(study, config.pictures)):
-            pictures.draw_localisations(examples, OUTPUT / f"{name}_localisation.png")
+        pictures.draw_hits(metrics["localisation"], config.patch_ks, name, file("hits"))
+        text = f"How often one of the k patches most similar to a sentence lies in its box, on {name}."
+        add("hits", "Localisation at k", text)
+        if count and (located := examples.localisations(study, count)):
+            pictures.draw_localisations(located, file("localisation"))
             add(
                 "localisation",
-                f"The similarity of each patch with a sentence, for {len(examples)} sentences of {name} drawn at random, not "
+                "Sentences on patches",
+                f"The similarity of each patch with a sentence, for {len(located)} sentences of {name} drawn at random, not "
                 "chosen. Dashed: the sentence's box. A tick or a cross: the most similar patch, inside or outside.",
             )
+    if count:
+        pictures.draw_components(examples.components(study, count), file("components"))
+        add(
+            "components",
+            "What the patches tell apart",
+            f"Images of {name}, drawn at random, and their patches after the last block of the base and of the fine-tuned "
+            "model, coloured by their first three principal components. Patches of like colour are alike to that model; "
+            "colours of different models do not compare.",
+        )
+    if count and study.asked.long.texts:
+        planes = examples.planes(study)
+        pictures.draw_planes(planes, name, file("map"))
+        add(
+            "map",
+            "Images and captions on a map",
+            f"{len(planes['base'].images)} images of {name} (squares) and their long captions (circles), drawn at random, on "
+            "the first two principal components of their features, the base beside the fine-tuned model; a line joins what "
+            "belongs together.",
+        )
     return drawn
 
 
-def _retrievals(study: Study, count: int) -> list[Any]:
-    """Queries drawn at random, from the captions that exceed CLIP's own context if there are enough of them."""
-    import numpy as np
+def _draw_training(loss: str, validation: str, stage: str, history: Sequence[Mapping[str, Any]]) -> list[Picture]:
+    """Draws the curves of a training, those for which it has records."""
+    from fast_goal.evaluation import pictures
+    from fast_goal.evaluation.report import Picture
 
-    from fast_goal.evaluation.comparison import CLIP_CONTEXT
-    from fast_goal.evaluation.pictures import Retrieval
-
-    asked, paths = study.asked, study.asked.paths
-    lengths = study.lengths(study.whole)
-    long = np.flatnonzero(lengths > CLIP_CONTEXT)
-    candidates = long if len(long) >= count else np.arange(len(lengths))
-    chosen = np.sort(np.random.default_rng(PICTURE_SEED).permutation(candidates)[:count])
-    ranks = {model: study.ranks(model, study.whole)["best"].text_to_image for model in study.stores}
-    queries = []
-    for query in chosen:
-        text, own = asked.long.texts[query], int(asked.long.images[query])
-        top = {}
-        for model, store in study.stores.items():
-            scores = (study.image_features[model].double() @ store.texts([text])[0][0].double()).float()
-            top[model] = scores.sort(descending=True, stable=True).indices[:SHOWN].tolist()
-        queries.append(
-            Retrieval(
-                caption=text,
-                image=paths[own],
-                top={model: [paths[row] for row in rows] for model, rows in top.items()},
-                hits={model: [row == own for row in rows] for model, rows in top.items()},
-                ranks={model: int(ranks[model][query]) for model in study.stores},
-            )
-        )
-    return queries
+    drawn, training = [], "fine-tuning" if not stage else "the first stage of fine-tuning"
+    if pictures.draw_losses(history, OUTPUT / f"{loss}.png", stage):
+        text = f"The training loss and its terms, before weighting, over the steps of {training}."
+        drawn.append(Picture(f"{loss}.png", f"Loss{stage}", text))
+    if pictures.draw_validation(history, OUTPUT / f"{validation}.png", stage):
+        text = f"What was measured on the validation split after each epoch of {training}."
+        drawn.append(Picture(f"{validation}.png", f"Validation{stage}", text))
+    return drawn
 
 
-def _localisations(study: Study, count: int) -> list[Any]:
-    """Sentences drawn at random, of different images, whose box every model can see."""
-    import numpy as np
-
-    from fast_goal.evaluation.embedding import patch_hits, patch_maps
-    from fast_goal.evaluation.pictures import Localisation
-
-    regions = study.asked.regions
-    found = {model: patch_hits(store, study.asked) for model, store in study.stores.items()}
-    visible = np.flatnonzero(np.all([hits.patches_inside > 0 for hits in found.values()], axis=0))
-    drawn = np.random.default_rng(PICTURE_SEED).permutation(visible)
-    _, first = np.unique(regions.images[drawn], return_index=True)
-    chosen = drawn[np.sort(first)][:count].tolist()
-    maps = {model: patch_maps(store, study.asked, chosen) for model, store in study.stores.items()}
-    return [
-        Localisation(
-            sentence=regions.sentences[row],
-            maps={model: maps[model][index] for model in maps},
-            hits={model: bool(found[model].first_hits[row] == 1) for model in maps},
-        )
-        for index, row in enumerate(chosen)
-    ]
-
-
-def _history(path: Path) -> list[dict[str, Any]]:
-    """The records of the fine-tuning, none if it wrote none."""
+def _history(folder: Path) -> list[dict[str, Any]]:
+    """The records of a training, none if it wrote none."""
+    path = folder / "history.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line] if path.exists() else []
 
 
@@ -193,24 +196,35 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[
 
 
 def _facts(params: Params, clips: Mapping[str, Clip], device: torch.device, seconds: float) -> Any:
+    from fast_goal.evaluation.comparison import MODELS
+    from fast_goal.evaluation.published import recipe_of
     from fast_goal.evaluation.report import Facts
     from fast_goal.evaluation.tasks import section
     from fast_goal.tracking.identity import git_commit, git_dirty
 
     times = {step: read_json(path).get("seconds") for step, path in TIMES.items() if path.exists()}
-    commit = git_commit()
+    commit, first = git_commit(), params.intermediate
     return Facts(
         experiment=params.experiment,
         command="dvc repro",
         commit=commit if commit == "none" else commit[:9] + ("+changes" if git_dirty() else ""),
+        params=to_dict(params),
         params_digest=digest(to_dict(params)),
         base_kind=params.base.kind,
         base_name=clips["base"].name,
+        backbone=params.base.model,
         scratch_split=params.base.scratch.split,
+        recipes={model: recipe_of(params, model) for model in MODELS},
         objective=params.objective,
-        first_stage=_first_stage(params),
+        epochs=params.finetune.epochs,
+        batch_size=params.finetune.batch_size,
+        first_stage={}
+        if first.dataset is None
+        else {"dataset": first.dataset, "epochs": first.training.epochs, **first.objective},
         views={model: clip.view_mode for model, clip in clips.items()},
         split=params.evaluate.split,
+        datasets=_datasets(params),
+        skipped=_skipped([*params.training_datasets, *params.evaluate.datasets]),
         tasks={name: section(name, params.evaluate) for name in params.evaluate.tasks},
         precision=params.evaluate.precision,
         device=str(device),
@@ -219,12 +233,37 @@ def _facts(params: Params, clips: Mapping[str, Clip], device: torch.device, seco
     )
 
 
-def _first_stage(params: Params) -> dict[str, Any]:
-    """The first stage of the training in a few words, empty if there was none."""
-    first = params.intermediate
-    if first.dataset is None:
-        return {}
-    return {"dataset": first.dataset, "epochs": first.training.epochs, **first.objective}
+def _datasets(params: Params) -> list[dict[str, Any]]:
+    """The data sets in the order of their use: name, what for, source, digest, and the images of each split."""
+    uses: dict[str, list[str]] = {}
+    if params.intermediate.dataset is not None:
+        uses[params.intermediate.dataset] = ["first stage"]
+    uses.setdefault(params.download.train_dataset, []).append("training")
+    for name in params.evaluate.datasets:
+        uses.setdefault(name, []).append("evaluation")
+    found = []
+    for name, words in uses.items():
+        path = RECORDS / f"{name}.json"
+        known = read_json(path) if path.exists() else {}
+        facts = {key: known.get(key, "unknown") for key in ("source", "digest")}
+        found.append({"name": name, "use": ", ".join(words), **facts, "splits": known.get("splits", {})})
+    return found
+
+
+def _skipped(names: Sequence[str]) -> list[dict[str, Any]]:
+    """How many samples of each data set were left out on the way here, by step and reason."""
+    from fast_goal.data.records import SKIPPED, read_table
+
+    found = []
+    for name in dict.fromkeys(names):
+        for path in (RECORDS / f"{name}_skipped.parquet", FLISM / name / "skipped.parquet"):
+            if path.exists():
+                counts = read_table(path, SKIPPED).groupby(["step", "reason"]).size()
+                found += [
+                    {"dataset": name, "step": step, "reason": reason, "count": int(count)}
+                    for (step, reason), count in counts.items()
+                ]
+    return found
 
 
 def _headline(metrics: Mapping[str, Any]) -> dict[str, float]:
