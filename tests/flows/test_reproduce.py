@@ -72,7 +72,7 @@ def log(root):
 def test_runs_all_steps_then_none_then_reports_a_failure(flow, root, caplog, capsys):
     interval = {"value": 2.0, "low": 1.0, "high": 3.0}
     metrics = {"base": {"R@1": 10.0}, "finetuned": {"R@1": 12.0}, "difference": {"R@1": interval}}
-    write_json(root / "models/reports/metrics.json", {"scenes": metrics})
+    write_json(root / "models/reports/metrics.json", {"scenes": {"long": metrics}})
     write_json(root / "models/register/registration.json", {"model": "m", "version": 3, "alias": "a", "uri": "models:/m@a"})
 
     assert flow.main([]) == 0
@@ -83,7 +83,7 @@ def test_runs_all_steps_then_none_then_reports_a_failure(flow, root, caplog, cap
 
     wanted = {"artifacts": {"key": {"any_": ["reproduce"]}}}
     [artifact] = httpx.post(f"{api()}/artifacts/filter", json=wanted).raise_for_status().json()
-    assert "| scenes · R@1 | 10.0 | 12.0 | +2.0 | +1.0 to +3.0 |" in artifact["data"]
+    assert "| scenes · long · R@1 | 10.0 | 12.0 | +2.0 | +1.0 to +3.0 |" in artifact["data"]
     assert "version 3 of `m`" in artifact["data"]
 
     assert flow.main([]) == 0

@@ -22,6 +22,12 @@ from fast_goal.tracking.identity import PIPELINE_VARIABLE
 TARGET = "evaluate"  # the step whose report is read; what it does not need is not run
 FINISHED = re.compile(r"refs/exps/[0-9a-f]{2}/[0-9a-f]+/([^/]+)")
 KILL_SECONDS = 20  # for DVC to see that a run it killed is dead
+# DVC keeps experiments as commits; where git has been told no name, they get this one
+IDENTITY = {
+    f"GIT_{who}_{what}": value
+    for who in ("AUTHOR", "COMMITTER")
+    for what, value in (("NAME", "fast-goal"), ("EMAIL", "fast-goal@localhost"))
+}
 LAST_LINES = 5  # of a failed experiment, in its reason
 
 
@@ -42,7 +48,12 @@ class Queue:
         # this interpreter's `fast-goal` and `dvc`; the code is that of the commit, wherever the package is installed
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         code = os.pathsep.join(filter(None, ["src", os.environ.get("PYTHONPATH")]))
-        self._environment = {**inherited, "PATH": path, "PYTHONPATH": code, "DVC_NO_ANALYTICS": "1", **(environment or {})}
+        base = {**IDENTITY, **inherited} if not self._has_identity() else inherited
+        self._environment = {**base, "PATH": path, "PYTHONPATH": code, "DVC_NO_ANALYTICS": "1", **(environment or {})}
+
+    def _has_identity(self) -> bool:
+        asked = [["git", "config", key] for key in ("user.name", "user.email")]
+        return all(subprocess.run(words, cwd=self.root, capture_output=True).returncode == 0 for words in asked)
 
     def finished(self) -> dict[str, str]:
         """The commits of all finished experiments, by name."""
