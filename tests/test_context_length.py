@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 import torch
 from PIL import Image
 
@@ -41,14 +42,7 @@ REPEATS = [1, 8, 14, 22, 40, 60, 90]  # of a sentence: captions of some 20 to 64
 SMALL = {
     "base.detector.kind": "none",
     "base.scratch.split": "train",
-    "base.scratch.image_size": 32,
-    "base.scratch.patch_size": 8,
-    "base.scratch.embed_dim": 16,
-    "base.scratch.vision_width": 16,
-    "base.scratch.vision_layers": 1,
-    "base.scratch.text_width": 16,
-    "base.scratch.text_layers": 1,
-    "base.scratch.head_width": 8,
+    **{f"base.scratch.{name}": size for name, size in tiny.CLIP.items()},
     "base.scratch.steps": 1,
     "base.scratch.batch_size": 4,
     "flism.regions": "spatial",

@@ -8,9 +8,13 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fast_goal.errors import ConfigError
@@ -73,6 +77,23 @@ def share_work() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)  # one that leads nowhere
             link.symlink_to(folder, target_is_directory=True)
+
+
+@contextmanager
+def termination_raises() -> Iterator[None]:
+    """Turns a SIGTERM into SystemExit, so that what has to be closed is closed: a run as KILLED, a queue as empty."""
+    if threading.current_thread() is not threading.main_thread():  # the only one that may set handlers
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def device() -> torch.device:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tiny
 from PIL import Image
 
 from fast_goal.config import Params, build
@@ -91,14 +92,7 @@ def params(*overrides: str) -> Params:
     """The demo, shrunk; the detector is left out."""
     small = {
         "base.detector.kind": "none",
-        "base.scratch.image_size": 32,
-        "base.scratch.patch_size": 8,
-        "base.scratch.embed_dim": 16,
-        "base.scratch.vision_width": 16,
-        "base.scratch.vision_layers": 1,
-        "base.scratch.text_width": 16,
-        "base.scratch.text_layers": 1,
-        "base.scratch.head_width": 8,
+        **{f"base.scratch.{name}": size for name, size in tiny.CLIP.items()},
         "base.scratch.steps": 6,
         "base.scratch.batch_size": 4,
         "finetune.epochs": 3,

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from killing import killed_after
 from small_training import RecordingTracker, params, write_project
 
 from fast_goal.errors import FastGoalError
@@ -125,15 +126,7 @@ def test_a_killed_scratch_training_continues(monkeypatch):
     base.main(params(), RecordingTracker())
     whole = weights()
     monkeypatch.setattr(pretraining, "SAVE_EVERY", 2)
-    save = pretraining.save_state
-
-    def kill(*arguments):
-        save(*arguments)
-        if arguments[-1]["step"] == 4:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(pretraining, "save_state", kill)
+    with killed_after(pretraining, 4):
         base.main(params(), RecordingTracker())
     base.main(params(), RecordingTracker())
     assert json.loads(Path("models/base/metrics.json").read_text())["resumed_at_step"] == 4

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from killing import killed_after
 from PIL import Image
 from small_training import RecordingTracker, params, write_project
 
@@ -31,20 +32,7 @@ def history() -> list[dict]:
     return [{name: value for name, value in record.items() if name != "samples_per_second"} for record in records]
 
 
-def kill_after(monkeypatch, step: int, *overrides: str) -> None:
-    save = loop.save_state
-
-    def kill(*arguments):
-        save(*arguments)
-        if arguments[4]["step"] == step:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(loop, "save_state", kill)
-        finetune.main(params(*overrides), RecordingTracker())
-
-
-def test_writes_a_model_that_open_clip_loads(monkeypatch):
+def test_writes_a_model_that_open_clip_loads():
     track = RecordingTracker()
     finetune.main(params(), track)
     import open_clip
@@ -89,10 +77,11 @@ def test_the_saved_model_sees_images_as_it_was_trained(view):
     torch.testing.assert_close(preprocess(image), expected, atol=1e-5, rtol=0)
 
 
-def test_a_killed_run_continues_and_its_history_is_whole(monkeypatch):
+def test_a_killed_run_continues_and_its_history_is_whole():
     finetune.main(params(), RecordingTracker())
     whole, whole_history = Clip.load("models/finetune").state_dict(), history()
-    kill_after(monkeypatch, 3)
+    with killed_after(loop, 3):
+        finetune.main(params(), RecordingTracker())
     track = RecordingTracker()
     # what does not change the result may differ
     finetune.main(params("finetune.save_every=100"), track)
@@ -103,14 +92,16 @@ def test_a_killed_run_continues_and_its_history_is_whole(monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["seed=1", "finetune.learning_rate=0.01", "objective.weights.local=0.25"])
-def test_other_parameters_start_from_the_beginning(monkeypatch, change):
-    kill_after(monkeypatch, 3)
+def test_other_parameters_start_from_the_beginning(change):
+    with killed_after(loop, 3):
+        finetune.main(params(), RecordingTracker())
     finetune.main(params(change), RecordingTracker())
     assert json.loads(Path("models/finetune/metrics.json").read_text())["resumed_at_step"] == 0
 
 
-def test_another_base_starts_from_the_beginning(monkeypatch):
-    kill_after(monkeypatch, 3)
+def test_another_base_starts_from_the_beginning():
+    with killed_after(loop, 3):
+        finetune.main(params(), RecordingTracker())
     build_scratch(params().base.scratch, context_length=248, seed=1).save(Path("models/base/clip"), {})
     finetune.main(params(), RecordingTracker())
     assert json.loads(Path("models/finetune/metrics.json").read_text())["resumed_at_step"] == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from killing import killed_after
 from small_training import RecordingTracker, params, write_project
 
 from fast_goal import stages
@@ -34,19 +35,6 @@ def weights(folder: Path | str) -> dict[str, torch.Tensor]:
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(value, other[name]) for name, value in one.items())
-
-
-def kill_after(monkeypatch, step: int, stage, *overrides: str) -> None:
-    save = loop.save_state
-
-    def kill(*arguments):
-        save(*arguments)
-        if arguments[4]["step"] == step:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(loop, "save_state", kill)
-        stage.main(params(*overrides), RecordingTracker())
 
 
 def test_without_a_first_stage_nothing_is_trained(monkeypatch):
@@ -110,11 +98,12 @@ def test_a_first_stage_that_was_not_run_is_asked_for():
         finetune.main(params(*FIRST), RecordingTracker())
 
 
-def test_a_killed_first_stage_continues(monkeypatch):
+def test_a_killed_first_stage_continues():
     intermediate.main(params(*FIRST), RecordingTracker())
     whole, start = weights("models/intermediate/clip"), Path("models/intermediate/start.json").read_bytes()
     history = Path("models/intermediate/history.csv").read_text().splitlines()
-    kill_after(monkeypatch, 3, intermediate, *FIRST)
+    with killed_after(loop, 3):
+        intermediate.main(params(*FIRST), RecordingTracker())
     # what does not change the result may differ
     intermediate.main(params(*FIRST, "intermediate.training.keep_states=1"), RecordingTracker())
     assert read_json("models/intermediate/metrics.json")["resumed_at_step"] == 3
@@ -123,7 +112,7 @@ def test_a_killed_first_stage_continues(monkeypatch):
     assert len(Path("models/intermediate/history.csv").read_text().splitlines()) == len(history)
 
 
-def test_a_step_that_still_runs_is_not_run_beside(monkeypatch):
+def test_a_step_that_still_runs_is_not_run_beside():
     """As after the kill of a `dvc repro`, whose step goes on."""
     code = "import sys; from pathlib import Path; from fast_goal.stages.training import alone; lock = alone(Path(sys.argv[1]))"
     command = [sys.executable, "-c", f"{code}; lock.__enter__(); input()"]
@@ -163,9 +152,10 @@ def test_the_resume_state_is_that_of_what_is_learned(monkeypatch, change):
     assert begun[0] == begun[1] != begun[2]
 
 
-def test_finetune_does_not_continue_from_another_start(monkeypatch):
+def test_finetune_does_not_continue_from_another_start():
     intermediate.main(params(*FIRST), RecordingTracker())
-    kill_after(monkeypatch, 3, finetune, *FIRST)
+    with killed_after(loop, 3):
+        finetune.main(params(*FIRST), RecordingTracker())
     intermediate.main(params(*FIRST, "intermediate.training.epochs=1"), RecordingTracker())
     finetune.main(params(*FIRST), RecordingTracker())
     assert read_json("models/finetune/metrics.json")["resumed_at_step"] == 0

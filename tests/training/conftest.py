@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 import torch
 from PIL import Image
 
@@ -19,14 +20,8 @@ COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "black", "white
 def scratch_config(**changes) -> ScratchConfig:
     values = {
         "split": "pretrain",
-        "image_size": 32,
-        "patch_size": 8,
-        "embed_dim": 16,
-        "vision_width": 16,
+        **tiny.CLIP,
         "vision_layers": 2,
-        "text_width": 16,
-        "text_layers": 1,
-        "head_width": 8,
         "steps": 20,
         "batch_size": 4,
         "learning_rate": 5e-3,

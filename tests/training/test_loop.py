@@ -14,6 +14,7 @@ from dataclasses import replace
 import psutil
 import pytest
 import torch
+from killing import killed_after
 
 from fast_goal.config import FinetuneConfig
 from fast_goal.errors import ConfigError, FastGoalError
@@ -78,7 +79,7 @@ def fast_goal(weights=WEIGHTS, in_image_negatives=None):
     )
 
 
-def test_every_input_is_encoded_once(make_scenes, tiny_clip, monkeypatch):
+def test_every_input_is_encoded_once(make_scenes, tiny_clip):
     dataset, pairs = make_scenes()
     clip = tiny_clip()
     batch = PairDataset(dataset, "train", pairs[:3], clip)[[0, 1, 2, 3]]
@@ -144,31 +145,20 @@ FULL = {
 }
 
 
-@pytest.mark.parametrize("killed_after", [2, 3, 4, 6])
-def test_resume_is_bit_identical(make_scenes, tiny_clip, tmp_path, killed_after):
+@pytest.mark.parametrize("killed", [2, 3, 4, 6])
+def test_resume_is_bit_identical(make_scenes, tiny_clip, tmp_path, killed):
     dataset, pairs = make_scenes()
     whole, whole_history = tiny_clip(), []
     (tmp_path / "whole").mkdir()
     measure = lambda clip, epoch: {"val": float(epoch)}  # noqa: E731
     run(whole, dataset, pairs, tmp_path / "whole", on_step=lambda s, r: whole_history.append(r), on_epoch=measure)
 
-    class Killed(Exception):
-        pass
-
-    def kill(*arguments):
-        # after a state was written, as a kill -9 there would
-        save(*arguments)
-        if arguments[4]["step"] == killed_after:
-            raise Killed
-
-    save = loop_module.save_state
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(loop_module, "save_state", kill)
+    with killed_after(loop_module, killed):
         run(tiny_clip(), dataset, pairs, tmp_path, on_epoch=measure)
     continued, history = tiny_clip(seed=9), []
     torch.manual_seed(99)
     summary = run(continued, dataset, pairs, tmp_path, on_step=lambda s, r: history.append(r), on_epoch=measure)
-    assert summary["resumed_at_step"] == killed_after
+    assert summary["resumed_at_step"] == killed
     for name, value in whole.state_dict().items():
         assert torch.equal(continued.state_dict()[name], value), name
     assert without_rates(history) == without_rates(whole_history)
@@ -227,15 +217,8 @@ def test_killed_process_continues(make_scenes, tiny_clip, tmp_path, settings):
 
 def test_a_damaged_state_costs_the_steps_since_the_one_before(make_scenes, tiny_clip, tmp_path, caplog):
     dataset, pairs = make_scenes()
-    config, save = replace(CONFIG, save_every=1, **FULL), loop_module.save_state
-
-    def kill(*arguments):
-        save(*arguments)
-        if arguments[4]["step"] == 7:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(loop_module, "save_state", kill)
+    config = replace(CONFIG, save_every=1, **FULL)
+    with killed_after(loop_module, 7):
         run(tiny_clip(), dataset, pairs, tmp_path, config)
     newest = states(tmp_path / "state.pt")[7]
     newest.write_bytes(newest.read_bytes()[:-1000])
@@ -263,15 +246,8 @@ class Losses:
 def test_a_diverged_loss_stops_also_a_resumed_training(make_scenes, tiny_clip, tmp_path):
     dataset, pairs = make_scenes()
     config = replace(CONFIG, diverged=5.0, log_every=1, save_every=1, keep_states=9, epochs=9)
-    objective, steps, save = Losses(2.0, 1.0, 11.0, 12.0, 13.0), [], loop_module.save_state
-
-    def kill(*arguments):
-        save(*arguments)
-        if arguments[4]["step"] == 4:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(loop_module, "save_state", kill)
+    objective, steps = Losses(2.0, 1.0, 11.0, 12.0, 13.0), []
+    with killed_after(loop_module, 4):
         run(tiny_clip(), dataset, pairs, tmp_path, config, objective)
     more = {"on_step": lambda step, record: steps.append(step), "section": "intermediate.training"}
     ids = Loader(PairDataset(dataset, "train", pairs, tiny_clip(), local=False), 4, seed=5).image_ids(4)
@@ -410,16 +386,8 @@ def test_the_average_is_the_result_and_survives_a_kill(make_scenes, tiny_clip, t
         torch.testing.assert_close(value, expected[name], msg=lambda text, name=name: f"{name}: {text}")
         assert torch.equal(value, measured[-1][name])  # what is measured is what results
 
-    save = loop_module.save_state
-
-    def kill(*arguments):
-        save(*arguments)
-        if arguments[4]["step"] == 4:
-            raise KeyboardInterrupt
-
     (tmp_path / "killed").mkdir()
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(loop_module, "save_state", kill)
+    with killed_after(loop_module, 4):
         run(tiny_clip(), dataset, pairs, tmp_path / "killed", config)
     continued = tiny_clip(seed=9)
     run(continued, dataset, pairs, tmp_path / "killed", config)
@@ -438,7 +406,7 @@ def test_accumulation_leaves_the_curve_as_it_is(make_scenes, tiny_clip, tmp_path
 
 
 @pytest.mark.parametrize(("killed", "ema"), [(None, None), (6, None), (9, 0.5)])  # after the best epoch, and after the third
-def test_the_best_epoch_can_be_the_result(make_scenes, tiny_clip, tmp_path, monkeypatch, killed, ema):
+def test_the_best_epoch_can_be_the_result(make_scenes, tiny_clip, tmp_path, killed, ema):
     dataset, pairs = make_scenes()
     config, scores, seen = replace(CONFIG, epochs=4, result="best", ema=ema), [1.0, 3.0, 3.0, 2.0], {}
 
@@ -447,15 +415,7 @@ def test_the_best_epoch_can_be_the_result(make_scenes, tiny_clip, tmp_path, monk
         return {"val": scores[epoch - 1]}
 
     if killed:
-        save = loop_module.save_state
-
-        def kill(*arguments):
-            save(*arguments)
-            if arguments[4]["step"] == killed:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(loop_module, "save_state", kill)
+        with killed_after(loop_module, killed):
             run(tiny_clip(), dataset, pairs, tmp_path, config, on_epoch=measure)
     clip = tiny_clip()
     summary = run(clip, dataset, pairs, tmp_path, config, on_epoch=measure)

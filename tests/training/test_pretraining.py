@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from killing import killed_after
 from PIL import Image
 
 from fast_goal.data.captions import tokenize
@@ -98,19 +99,7 @@ def test_resume_is_bit_identical(make_scenes, tiny_clip, make_scratch_config, tm
     whole, whole_records = tiny_clip(77), []
     (tmp_path / "whole").mkdir()
     train(whole, dataset, config, tmp_path / "whole", on_step=lambda step, record: whole_records.append((step, record["loss"])))
-
-    class Killed(Exception):
-        pass
-
-    save = pretraining.save_state
-
-    def kill(*arguments):
-        save(*arguments)
-        if arguments[-1]["step"] == 28:
-            raise Killed
-
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(pretraining, "save_state", kill)
+    with killed_after(pretraining, 28):
         train(tiny_clip(77), dataset, config, tmp_path)
     continued, records = tiny_clip(77, seed=3), []
     summary = train(continued, dataset, config, tmp_path, on_step=lambda step, record: records.append((step, record["loss"])))

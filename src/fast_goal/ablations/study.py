@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,7 @@ from fast_goal.ablations.results import Measured
 from fast_goal.ablations.runner import POLL_SECONDS, Runner, check_backup, current_params
 from fast_goal.ablations.tables import Table
 from fast_goal.configure import check
-from fast_goal.environment import WORK, WORK_SHARED_VARIABLE, WORK_VARIABLE
+from fast_goal.environment import WORK, WORK_SHARED_VARIABLE, WORK_VARIABLE, termination_raises
 from fast_goal.errors import ConfigError, DataError, FastGoalError
 from fast_goal.files import digest, read_json, write_json
 from fast_goal.tracking.groups import Group
@@ -92,7 +89,7 @@ def ablate(words: Sequence[str], jobs: int = 1, dry_run: bool = False) -> str:
     if dry_run:
         return "\n".join(Study(told, Queue(root)).preview())
     try:
-        with FileLock(root / LOCK, timeout=0), _termination_interrupts():
+        with FileLock(root / LOCK, timeout=0), termination_raises():
             check_project(Queue(root))
             group = Group.open(f"ablation {told.table.name}", {"table": told.table.name, "experiment": told.experiment})
             shared = {WORK_VARIABLE: str((root / WORK).absolute()), WORK_SHARED_VARIABLE: "caches" if jobs > 1 else "all"}
@@ -308,20 +305,3 @@ def _step_seconds(run: Measured) -> float:
 
 def _list(values: Sequence[object]) -> str:
     return f"[{','.join(map(str, values))}]"
-
-
-@contextmanager
-def _termination_interrupts() -> Iterator[None]:
-    """SIGTERM ends the work as Ctrl-C does, so that nothing is left in the queue."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
 from typing import Any
 
 from fast_goal.config import Params, load_params, to_dict
-from fast_goal.environment import prepare, share_work
+from fast_goal.environment import prepare, share_work, termination_raises
 from fast_goal.errors import ConfigError
 
 STEPS = ("download", "base", "flism", "validate", "publish", "intermediate", "finetune", "evaluate", "register")
@@ -53,7 +49,7 @@ def run(step: str) -> None:
             return
     from fast_goal.tracking.runs import step_run
 
-    with _termination_raises(), step_run(step, params) as track:
+    with termination_raises(), step_run(step, params) as track:
         track.params(settings(step, params))
         module.main(params, track)
 
@@ -62,20 +58,3 @@ def settings(step: str, params: Params) -> dict[str, Any]:
     """What a step reads from params.yaml."""
     values = to_dict(params)
     return {"seed": params.seed, **{section: values[section] for section in SETTINGS.get(step, (step,))}}
-
-
-@contextmanager
-def _termination_raises() -> Iterator[None]:
-    """Turns a SIGTERM into SystemExit, so that the run is closed as KILLED instead of staying open."""
-    if threading.current_thread() is not threading.main_thread():  # the only one that may set handlers
-        yield
-        return
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
