@@ -1,6 +1,7 @@
 # `make repro` runs the main job, `make test` the tests; both set the environment up first.
 PYTHON ?= python3.11
 JOBS ?= 2
+BENCH ?= train_step
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
@@ -14,7 +15,7 @@ export GX_ANALYTICS_ENABLED ?= false
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help setup repro test lint ui clean
+.PHONY: help setup repro test lint bench ui services clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -40,8 +41,16 @@ lint: setup  ## check style
 	$(BIN)/ruff check src flows tests
 	$(BIN)/ruff format --check src flows tests
 
+bench: setup  ## measure: BENCH=train_step by default; or flism, validate, retrieval ...
+	$(BIN)/python benchmarks/$(BENCH).py
+
 ui: setup  ## show runs and models at http://127.0.0.1:5000
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
 
+services: setup  ## MLflow and Prefect servers on loopback, until Ctrl-C
+	fast-goal services
+
+# .fast_goal/services stays: the runs and registered models of `make services`
 clean:  ## remove what the pipeline made, but not DVC's cache
-	rm -rf .fast_goal data/records data/datasets data/flism data/validation models/base models/finetune models/reports models/register
+	rm -rf $(filter-out .fast_goal/services,$(wildcard .fast_goal/*)) data/records data/datasets data/flism data/validation \
+	  data/publish models/base models/intermediate models/finetune models/reports models/register

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import subprocess
 import sys
@@ -257,6 +258,29 @@ def test_a_run_that_a_killed_worker_left_begins_anew(tmp_path):
     queue.tasks[name] = "Running"
     make(queue, "table=VII", "seeds=[0]", "arms=[both]").run()
     assert queue.dropped == [name] and name in queue.done
+
+
+def test_one_of_two_workers_that_died_is_replaced_and_the_other_is_let_work(tmp_path):
+    class OneDies(FakeQueue):
+        def start(self, jobs):
+            super().start(jobs)
+            self.workers = 1 if self.starts == 1 else jobs
+
+    queue = OneDies(tmp_path)
+    asked = study.parse(["table=VII", "seeds=[0,1]"])
+    study.Study(asked, queue, jobs=2, say=[].append, poll=0).run()
+    assert len(queue.done) == 6 and queue.starts == 2 and not queue.dropped
+
+
+def test_living_workers_are_counted_by_their_processes(tmp_path):
+    folder = tmp_path / ".dvc/tmp/exps/celery"
+    folder.mkdir(parents=True)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for number, (pid, code) in enumerate([(os.getpid(), None), (os.getpid(), 0), (ended.pid, None)], 1):
+        (folder / f"dvc-exp-worker-{number}.json").write_text(json.dumps({"pid": pid, "returncode": code}))
+    (folder / "dvc-exp-worker-4.json").write_text("{")
+    assert Queue(tmp_path)._living_workers() == 1
 
 
 def test_an_experiment_with_other_parameters_is_not_believed(tmp_path):

@@ -1,76 +1,18 @@
 """The real pipeline, shrunk, in a repository of its own: `dvc repro`, twice, then with one parameter changed."""
 
-import os
-import shutil
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from whole_project import SHRUNK, Project, finished, shared_folder
 
 from fast_goal.configure import configure
 from fast_goal.files import read_json
 
-ROOT = Path(__file__).parents[1]
-SHRUNK = [
-    "experiment=demo",
-    "download.datasets.scenes.pretrain=48",
-    "download.datasets.scenes.train=24",
-    "download.datasets.scenes.val=4",
-    "download.datasets.scenes.test=8",
-    "base.scratch.steps=6",
-    "base.scratch.batch_size=16",
-    "base.scratch.vision_width=32",
-    "base.scratch.vision_layers=1",
-    "base.scratch.text_width=32",
-    "base.scratch.text_layers=1",
-    "base.detector.images=16",
-    "base.detector.epochs=1",
-    "base.detector.image_size=64",
-    "finetune.epochs=2",
-    "finetune.batch_size=8",
-    "finetune.workers=0",
-    "evaluate.bootstrap_samples=50",
-    "evaluate.pictures=2",
-]
-
-
-class Project:
-    """A copy of the project's code in a fresh git and DVC repository, without the environment's own tracking."""
-
-    def __init__(self, root: Path):
-        self.root = root
-        ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
-        shutil.copytree(ROOT / "src", root / "src", ignore=ignore)
-        shutil.copytree(ROOT / "flows", root / "flows", ignore=ignore)
-        for name in ("dvc.yaml", ".dvcignore", ".gitignore", "pyproject.toml"):
-            shutil.copy(ROOT / name, root / name)
-        self.environment = {
-            **{key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "PREFECT_", "FAST_GOAL_"))},
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "HOME": str(root / ".home"),
-            "DVC_NO_ANALYTICS": "1",
-            **{f"GIT_{role}_{part}": "test@localhost" for role in ("AUTHOR", "COMMITTER") for part in ("NAME", "EMAIL")},
-            "FAST_GOAL_DEVICE": "cpu",
-        }
-        for command in ("git init -q", "dvc init -q", "git add -A", "git commit -qm start"):
-            self.run(command)
-
-    def run(self, command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
-        done = subprocess.run(
-            command.split(), cwd=self.root, env={**self.environment, **environment}, capture_output=True, text=True, check=False
-        )
-        assert not check or done.returncode == 0, f"{command}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
-        return done
-
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    project = Project(tmp_path_factory.mktemp("project"))
-    configure(SHRUNK, project.root / "params.yaml")
-    project.run("dvc repro")
-    return project
+    return finished(shared_folder(tmp_path_factory), tmp_path_factory.mktemp("project") / "project")
 
 
 @pytest.mark.timeout(600)

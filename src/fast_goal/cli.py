@@ -5,6 +5,7 @@ Heavy libraries are imported by the steps themselves, so that `fast-goal --help`
 
 from __future__ import annotations
 
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +15,7 @@ import typer
 import typer.core
 
 from fast_goal import __version__
-from fast_goal.errors import FastGoalError
+from fast_goal.errors import FastGoalError, TemporaryError
 
 STEPS = {
     "download": "Fetch or generate the data sets named in params.yaml and write their records tables.",
@@ -185,6 +186,121 @@ def report_command() -> None:
     typer.echo(rewrite_report(Path("models/reports")) / "report.html")
 
 
+@app.command("gate", rich_help_panel="Operations")
+def gate_command(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only decide; move no alias.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Judge a version that was judged before or rolled back.")] = False,
+) -> None:
+    """Measure the candidate and the champion on the same test set; promote the candidate if the gate lets it through."""
+    from fast_goal.operations import gate
+
+    typer.echo(gate.run(dry_run=dry_run, again=again))
+
+
+@app.command("rollback", rich_help_panel="Operations")
+def rollback_command(
+    reason: Annotated[str, typer.Option(help="Why; kept as a tag of the version that is taken back.")] = "",
+) -> None:
+    """Give the alias `champion` back to the version that had it before."""
+    from fast_goal.operations import gate
+
+    typer.echo(gate.rollback(reason))
+
+
+@app.command("drift", rich_help_panel="Operations")
+def drift_command() -> None:
+    """Compare the present data with those the champion was trained on, and the models on a frozen probe set."""
+    from fast_goal.operations import drift
+
+    typer.echo(drift.run())
+
+
+@app.command("schedule", rich_help_panel="Operations")
+def schedule_command(
+    cron: Annotated[str, typer.Option(help="When, as crontab says it.")] = "0 3 * * *",
+    words: Annotated[list[str] | None, typer.Argument(help="Passed on to flows/retrain.py.", show_default=False)] = None,
+) -> None:
+    """Retrain at set times: looks for new data, runs the pipeline, and promotes what passes the gate. Runs until stopped."""
+    from fast_goal.operations import schedule
+
+    raise typer.Exit(schedule.run(cron, words or []))
+
+
+class _CompareFormat(StrEnum):
+    text = "text"
+    md = "md"
+    json = "json"
+
+
+@app.command("compare", rich_help_panel="Operations")
+def compare_command(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Two or more runs: id, the beginning of an id, name, latest, latest~1, or models:/NAME@ALIAS.",
+            show_default=False,
+        ),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="What is equal too, and the load of the machine.")] = False,
+    format: Annotated[_CompareFormat, typer.Option(help="text, md or json.")] = _CompareFormat.text,
+    view: Annotated[bool, typer.Option("--view", help="Print the addresses of MLflow's saved chart views.")] = False,
+) -> None:
+    """Print in what the parameters, data, commits and metrics of MLflow runs differ."""
+    from fast_goal.operations import compare
+
+    if runs or not view:
+        typer.echo(compare.run(runs or [], everything, str(format)))
+    if view:
+        typer.echo(compare.view())
+
+
+@app.command("serve", rich_help_panel="Operations")
+def serve_command(
+    model: Annotated[str, typer.Option(help="URI in MLflow, or a folder.")] = "models:/fast-goal@champion",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 5002,
+    image_root: Annotated[
+        Path | None, typer.Option(envvar="FAST_GOAL_IMAGE_ROOT", help="Folder below which `image_path` is read; else refused.")
+    ] = None,
+    allow_urls: Annotated[
+        str, typer.Option(envvar="FAST_GOAL_ALLOW_URLS", help="Hosts that `image_url` may name, by commas; 1: all public ones.")
+    ] = "",
+    max_rows: Annotated[int, typer.Option(min=1, help="Rows in one request.")] = 256,
+    max_megabytes: Annotated[int, typer.Option(min=1, help="Size of one request, in units of 2**20 bytes.")] = 32,
+    threads: Annotated[int, typer.Option(min=1, help="Requests decoded at once; they are computed one by one.")] = 4,
+) -> None:
+    """Serve a model over HTTP, on loopback: /invocations, /health, /metadata. See docs/serving.md."""
+    from fast_goal.operations import serve
+
+    serve.run(serve.Options(model, host, port, image_root, allow_urls, max_rows, max_megabytes, threads))
+
+
+@app.command("embed", rich_help_panel="Operations")
+def embed_command(
+    source: Annotated[Path, typer.Argument(help="Folder of images, or a table (CSV, JSONL, parquet) with texts.")],
+    output: Annotated[Path, typer.Option(help="Parquet file to write.")],
+    model: Annotated[str, typer.Option(help="URI in MLflow, or a folder.")] = "models:/fast-goal@champion",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images, or texts, at once; the result does not depend on it.")] = 64,
+    column: Annotated[str, typer.Option(help="Of a table: the column with the texts.")] = "text",
+) -> None:
+    """Embed a folder of images, or the texts of a table, to parquet. Killed, the same command goes on."""
+    from fast_goal.operations import embed
+
+    typer.echo(embed.run(source, output, model, batch_size, column))
+
+
+@app.command("services", rich_help_panel="Operations")
+def services_command(
+    data: Annotated[Path, typer.Option(help="Folder for their data and logs.")] = Path(".fast_goal/services"),
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="For MLflow.")] = 5000,
+    prefect_port: Annotated[int, typer.Option(min=1, max=65535, help="For Prefect.")] = 4200,
+) -> None:
+    """Start MLflow and Prefect on loopback, and show where; Ctrl-C ends both."""
+    from fast_goal.operations import services
+
+    raise typer.Exit(services.run(data, mlflow_port, prefect_port))
+
+
 class _ExportFormat(StrEnum):
     huggingface = "huggingface"
     onnx = "onnx"
@@ -216,12 +332,12 @@ def doctor_command() -> None:
 
 
 def main() -> None:
-    """Entry point: a FastGoalError is printed without a traceback and ends with exit status 1."""
+    """Entry point: a FastGoalError is printed without a traceback and ends with exit status 1, or 75 where it is temporary."""
     try:
         app()
     except FastGoalError as error:
         print(f"fast-goal: {type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(os.EX_TEMPFAIL if isinstance(error, TemporaryError) else 1)
     except KeyboardInterrupt:
         print("fast-goal: interrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(130)

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
@@ -278,6 +279,37 @@ class RegisterConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GateConfig:
+    """When a candidate replaces the champion. Percent points of R@1 (mean of both directions); latency of one input."""
+
+    margin: float = number(0)
+    significance: float | None = number(0, 1)
+    short_tolerance: float = number(0)
+    latency_ratio: float | None = number(above=0)
+    latency_ms: float | None = number(above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class DriftConfig:
+    """What new data and models are compared with, and how sharply."""
+
+    TESTS: ClassVar[int] = 12  # six of all rows, six of the new ones: the p-values are corrected for as many
+
+    samples: int = number(10)
+    permutations: int = number(99)
+    significance: float = number(above=0, high=1)
+    probe: int = number(8)
+
+    def __post_init__(self) -> None:
+        needed = math.ceil(self.TESTS / self.significance)
+        if self.permutations < needed:
+            raise ConfigError(
+                f"permutations = {self.permutations}: no p-value of {self.TESTS} tests could fall below significance = "
+                f"{self.significance}; expected at least {needed}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Params:
     """The whole of params.yaml. `objective` is checked by the objective's own dataclass."""
 
@@ -292,6 +324,8 @@ class Params:
     finetune: FinetuneConfig
     evaluate: EvaluateConfig
     register: RegisterConfig
+    gate: GateConfig
+    drift: DriftConfig
     seed: int = number(0)
 
     @property

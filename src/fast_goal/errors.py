@@ -5,6 +5,10 @@ class FastGoalError(Exception):
     """Something the user can mend; the command line prints the message without a traceback."""
 
 
+class TemporaryError(FastGoalError):
+    """A network or a server that is away: the same command may work in a while. Its exit status is os.EX_TEMPFAIL, 75."""
+
+
 class ConfigError(FastGoalError):
     """params.yaml, or an override, holds an unknown key or a value out of range."""
 

@@ -14,8 +14,9 @@ from fast_goal.config import EvaluateConfig
 from fast_goal.data.captions import split_sentences, tokenize
 from fast_goal.data.images import open_image
 from fast_goal.evaluation import embedding, tasks
-from fast_goal.evaluation.comparison import MODELS, Study, flatten
+from fast_goal.evaluation.comparison import MODELS, Study
 from fast_goal.evaluation.features import FeatureStore
+from fast_goal.evaluation.headline import flatten
 from fast_goal.evaluation.tasks import NotAsked, generator, known_tasks, measure, section, task
 
 ALL = typing.get_args(typing.get_args(typing.get_type_hints(EvaluateConfig)["tasks"])[0])

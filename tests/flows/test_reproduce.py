@@ -1,127 +1,73 @@
-"""The flow with a real DVC and a real Prefect server, in a repository of trivial steps."""
+"""The flow `reproduce`, and what all flows share, in a repository of trivial steps (conftest.py)."""
 
-import importlib.util
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import httpx
 import psutil
 import pytest
-import yaml
 
 from fast_goal.files import write_json
 from fast_goal.stages import STEPS
 
-FLOW = Path(__file__).parents[2] / "flows" / "reproduce.py"
-
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A git and DVC repository: each step appends to a log which pipeline it belongs to, and copies its predecessor's file."""
-    folder = tmp_path_factory.mktemp("repository")
-    (folder / "flows").mkdir()
-    shutil.copy(FLOW, folder / "flows")
-    pipeline, before = {}, "start.txt"
-    (folder / before).write_text("start")
-    for step in STEPS:
-        command = f"echo {step} says hello && echo {step} $FAST_GOAL_PIPELINE_ID >> log && cat {before} > {step}.txt"
-        if step == "evaluate":
-            command = f"test ! -e broken || (echo the disk is on fire && exit 3) && {command}"
-        if step == "validate":
-            command = f"test ! -e slow || (echo $$ > started.part && mv started.part started && exec sleep 600) && {command}"
-        pipeline[step] = {"cmd": command, "deps": [before], "outs": [f"{step}.txt"]}
-        before = f"{step}.txt"
-    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": pipeline}, sort_keys=False))
-    env = {**os.environ, "DVC_NO_ANALYTICS": "1"}
-    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
-        subprocess.run(command, cwd=folder, env=env, check=True)
-    return folder
+def flow(flows):
+    return flows("reproduce")
 
 
-@pytest.fixture(scope="module")
-def flow(root, tmp_path_factory):
-    """The flow's module, as it stands in that repository, beside a Prefect server of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
-        patch.delenv("PREFECT_API_URL", raising=False)
-        specification = importlib.util.spec_from_file_location("reproduce", root / "flows" / "reproduce.py")
-        module = importlib.util.module_from_spec(specification)
-        patch.setitem(sys.modules, "reproduce", module)
-        specification.loader.exec_module(module)
-        from prefect.testing.utilities import prefect_test_harness
-
-        with prefect_test_harness(server_startup_timeout=120):
-            yield module
-
-
-def api():
-    import prefect.settings
-
-    return prefect.settings.PREFECT_API_URL.value()
-
-
-def log(root):
-    return [line.split() for line in (root / "log").read_text().splitlines()]
-
-
-def test_runs_all_steps_then_none_then_reports_a_failure(flow, root, caplog, capsys):
+@pytest.fixture
+def metrics(root):
     interval = {"value": 2.0, "low": 1.0, "high": 3.0}
-    metrics = {"base": {"R@1": 10.0}, "finetuned": {"R@1": 12.0}, "difference": {"R@1": interval}}
-    write_json(root / "models/reports/metrics.json", {"scenes": {"long": metrics}})
-    write_json(root / "models/register/registration.json", {"model": "m", "version": 3, "alias": "a", "uri": "models:/m@a"})
+    measured = {"base": {"R@1": 10.0}, "finetuned": {"R@1": 12.0}, "difference": {"R@1": interval}}
+    write_json(root / "models/reports/metrics.json", {"scenes": {"long": measured}})
 
+
+def test_runs_all_steps_then_none_then_reports_a_failure(flow, root, api, ran, change, metrics, new_data, caplog, capsys):
+    new_data()
     assert flow.main([]) == 0
-    assert [step for step, _ in log(root)] == list(STEPS)
-    [pipeline] = {pipeline for _, pipeline in log(root)}
-    assert pipeline.startswith("prefect-")
+    assert ran() == list(STEPS)
+    [*_, last] = (root / "log").read_text().splitlines()
+    assert last.split()[1].startswith("prefect-")
     assert "download says hello" in caplog.messages, "the steps' output is in the flow's log, line by line"
 
-    wanted = {"artifacts": {"key": {"any_": ["reproduce"]}}}
-    [artifact] = httpx.post(f"{api()}/artifacts/filter", json=wanted).raise_for_status().json()
+    wanted = {"artifacts": {"key": {"any_": ["reproduce"]}}, "sort": "CREATED_DESC"}
+    [artifact, *_] = httpx.post(f"{api}/artifacts/filter", json=wanted).raise_for_status().json()
     assert "| scenes · long · R@1 | 10.0 | 12.0 | +2.0 | +1.0 to +3.0 |" in artifact["data"]
-    assert "version 3 of `m`" in artifact["data"]
+    assert f"version {len((root / 'versions').read_text())} of `m`" in artifact["data"]
 
     assert flow.main([]) == 0
-    assert len(log(root)) == len(STEPS), "nothing changed, nothing runs"
+    assert len(ran()) == len(STEPS), "nothing changed, nothing runs"
 
-    (root / "broken").touch()
+    change(status_evaluate="3")
     (root / "finetune.txt").unlink()
-    (root / "start.txt").write_text("changed")
+    new_data()
     assert flow.main([]) == 1
-    (root / "broken").unlink()
     said = capsys.readouterr().err
     assert "reproduce: the step `evaluate` failed" in said and "the disk is on fire" in said
-    assert [step for step, _ in log(root)[len(STEPS) :]] == list(STEPS[: STEPS.index("evaluate")])
+    assert ran()[len(STEPS) :] == list(STEPS[: STEPS.index("evaluate") + 1])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_flow_takes_its_step_along(flow, root, number):
+def test_an_interrupted_flow_takes_its_step_along(flow, root, api, change, new_data, started, number):
     """As a command, with a server: the step's process ends too, and the status says that not all is well."""
-    (root / "slow").touch()
-    (root / "start.txt").write_text(f"changed for {number}")
-    env = {**os.environ, "PREFECT_API_URL": api()}
+    change(hang_validate="")
+    new_data()
+    env = {**os.environ, "PREFECT_API_URL": api}
     process = subprocess.Popen([sys.executable, "flows/reproduce.py"], cwd=root, env=env, start_new_session=True)
     try:
-        end = time.monotonic() + 100
-        while not (root / "started").exists():
-            assert process.poll() is None and time.monotonic() < end
-            time.sleep(0.1)
-        sleeper = int((root / "started").read_text())
+        sleeper = started(process)
         os.kill(process.pid, number)
         assert process.wait(60) != 0
     finally:
         process.kill()
-        (root / "slow").unlink()
-        (root / "started").unlink(missing_ok=True)
     assert not psutil.pid_exists(sleeper) or psutil.Process(sleeper).status() == psutil.STATUS_ZOMBIE
+    assert not (root / ".fast_goal/pipeline.json").exists()
 
 
-def test_configures_only_when_asked(flow, root, monkeypatch):
+def test_configures_only_when_asked(flow, flows, root, monkeypatch):
     from fast_goal import configure
 
     called = []
@@ -139,6 +85,33 @@ def test_a_wrong_argument_is_said(flow, capsys):
     assert stop.value.code == 2 and "key=value" in capsys.readouterr().err
 
 
-def test_retries_only_for_the_download(flow):
-    assert {step: run.retries for step, run in flow.TASKS.items() if run.retries} == {"download": 2}
+def test_a_task_for_every_step(flow):
     assert list(flow.TASKS) == list(STEPS) and [run.name for run in flow.TASKS.values()] == list(STEPS)
+
+
+@pytest.mark.parametrize(("status", "times"), [(os.EX_TEMPFAIL, 3), (1, 1)])
+def test_tries_again_only_what_may_work_in_a_while(flow, monkeypatch, ran, change, new_data, capsys, status, times):
+    change(status_download=str(status))
+    new_data()
+    assert flow.TASKS["download"].retries == 2
+    monkeypatch.setattr(flow.TASKS["download"], "retry_delay_seconds", [0.1, 0.1])
+    assert flow.main([]) == 1
+    assert ran() == ["download"] * times
+    assert "the step `download` failed" in capsys.readouterr().err
+
+
+def test_a_step_that_takes_too_long_is_ended(flow, ran, change, new_data, capsys):
+    change(hang_download="")
+    new_data()
+    assert flow.main(["--step-timeout-seconds", "4"]) == 1
+    assert "the step `download` was ended after 4 s (step_timeout_seconds)" in capsys.readouterr().err
+    assert ran() == ["download"], "once"
+
+
+def test_a_second_flow_ends_at_once_and_names_the_first(flow, flows, root, ran, new_data, capsys):
+    new_data()
+    with flows("running").working_tree("retrain", "prefect-first"):
+        assert flow.main([]) == 1
+    said = capsys.readouterr().err
+    assert f"the flow retrain (run None, process {os.getpid()} on " in said and f"works in {root} since 20" in said
+    assert ran() == []

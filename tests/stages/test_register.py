@@ -49,7 +49,9 @@ def project(tmp_path_factory):
         build_scratch(TINY, 77, seed=0).save(folder / "models/finetune", {"method": "test"})
         info = {"name": "scenes", "source": "scenes", "images": 3, "splits": {"train": 3}, "digest": "0123"}
         write_json(folder / "data/records/scenes.json", info)
-        metrics = {"long": {"base": {"R@1": 10.0}, "finetuned": {"R@1": 12.0}, "difference": {"R@1": INTERVAL}}}
+        directions = ("text_to_image", "image_to_text")
+        parts = {"base": {"R@1": 10.0}, "finetuned": {"R@1": 12.0}, "difference": {"R@1": INTERVAL}}
+        metrics = {"long": {part: dict.fromkeys(directions, values) for part, values in parts.items()}}
         write_json(folder / "models/reports/metrics.json", {"scenes": metrics})
         yield folder
     import mlflow
@@ -214,6 +216,17 @@ def test_the_whole_step_through_run(registration, project):
     assert run.data.params["register.model_name"] == "other" and run.data.params["seed"] == "0"
     assert run.data.tags["model_version"] == "1"
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["model_card.md"]
+    version = client.get_model_version("other", "1")
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    shown = {metric.key: (metric.value, metric.dataset_name, metric.dataset_digest) for metric in model.metrics}
+    assert shown["scenes.long.finetuned.text_to_image.R1"] == (12.0, "scenes", "0123") and len(shown) == 4
+    [pipeline] = client.search_runs([experiment], "tags.`fast_goal.role` = 'pipeline'")
+    assert [output.model_id for output in pipeline.outputs.model_outputs] == [model.model_id]
+    registered = client.get_registered_model("other")
+    assert "models:/other@champion" in registered.description and registered.tags["task"] == "image-text retrieval"
+    client.update_registered_model("other", "My own words.")
+    register.main(replace(PARAMS, register=replace(PARAMS.register, model_name="other")), NullTracker())
+    assert client.get_registered_model("other").description == "My own words."
 
 
 def test_missing_inputs_are_named(project, tmp_path, monkeypatch):

@@ -73,7 +73,7 @@ def test_two_steps_of_one_pipeline(project, params):
     assert (entry.dataset.name, entry.dataset.digest) == ("scenes", "0123456789abcdef")
     assert entry.dataset.profile == '{"images": 3, "train": 2, "test": 1}'
 
-    assert parent.info.status == "FINISHED" and parent.info.run_name == "demo-scenes-none"
+    assert parent.info.status == "FINISHED" and parent.info.run_name == "scratch_fast_goal-scenes-none"
     assert parent.data.params["finetune.epochs"] == str(params.finetune.epochs) and parent.data.params["seed"] == "0"
     assert parent.data.metrics == {"pairs": 12, "loss": 0.5}
     assert the_run("finetune").data.tags["mlflow.parentRunId"] == parent.info.run_id

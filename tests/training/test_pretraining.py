@@ -1,4 +1,7 @@
+import errno
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -77,9 +80,9 @@ def test_pixels_are_normalised_as_the_model_expects(make_scenes, tiny_clip, make
     dataset, _ = make_scenes(count=2)
     seen = []
 
-    def spy(clip, images, tokens, optimizer):
+    def spy(clip, images, *rest):
         seen.append(images)
-        return step(clip, images, tokens, optimizer)
+        return step(clip, images, *rest)
 
     step = pretraining._train_step
     monkeypatch.setattr(pretraining, "_train_step", spy)
@@ -106,6 +109,105 @@ def test_resume_is_bit_identical(make_scenes, tiny_clip, make_scratch_config, tm
     assert summary["resumed_at_step"] == 28 and records == whole_records
     for name, value in whole.state_dict().items():
         assert torch.equal(continued.state_dict()[name], value), name
+
+
+def test_a_termination_leaves_a_state_that_is_continued(make_scenes, tiny_clip, make_scratch_config, tmp_path):
+    dataset, _ = make_scenes()
+    config = make_scratch_config(steps=60)
+    (tmp_path / "whole").mkdir()
+    whole = tiny_clip(77)
+    train(whole, dataset, config, tmp_path / "whole")
+
+    def stop(step, record):
+        if step == 25:  # the first record
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        train(tiny_clip(77), dataset, config, tmp_path, on_step=stop)
+    assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    continued = tiny_clip(77, seed=3)
+    assert train(continued, dataset, config, tmp_path)["resumed_at_step"] == 25
+    for name, value in whole.state_dict().items():
+        assert torch.equal(continued.state_dict()[name], value), name
+
+
+def test_a_large_model_is_saved_more_rarely(make_scenes, tiny_clip, make_scratch_config, tmp_path, monkeypatch):
+    dataset, _ = make_scenes()
+    saved = []
+    monkeypatch.setattr(pretraining, "SAVE_EVERY", 3)
+    monkeypatch.setattr(pretraining, "save_state", lambda *arguments: saved.append(arguments[4]["step"]))
+    train(tiny_clip(77), dataset, make_scratch_config(steps=13), tmp_path)
+    clip = tiny_clip(77)
+    monkeypatch.setattr(pretraining, "LARGE", sum(parameter.numel() for parameter in clip.parameters()) // 2)
+    train(clip, dataset, make_scratch_config(steps=13), tmp_path)
+    assert saved == [3, 6, 9, 12, 13, 6, 12, 13]
+
+
+def test_pixels_of_a_large_split_are_kept_in_a_file(make_scenes, tiny_clip, make_scratch_config, tmp_path, monkeypatch):
+    dataset, _ = make_scenes()
+    config = make_scratch_config(steps=7)
+    (tmp_path / "memory").mkdir()
+    whole = tiny_clip(77)
+    train(whole, dataset, config, tmp_path / "memory")
+    init = CaptionSamples.__init__
+    monkeypatch.setattr(CaptionSamples, "__init__", lambda *given, folder: init(*given, cache_bytes=0, folder=folder))
+    decoded, decode = [], CaptionSamples._decode
+    monkeypatch.setattr(CaptionSamples, "_decode", lambda samples, row: decoded.append(row) or decode(samples, row))
+    for expected in ([*range(12)], []):  # a second run decodes nothing
+        clip = tiny_clip(77)
+        (tmp_path / f"file{len(expected)}").mkdir()
+        train(clip, dataset, config, tmp_path / f"file{len(expected)}", pixels_folder=tmp_path / "pixels")
+        assert sorted(decoded) == expected
+        assert all(torch.equal(value, whole.state_dict()[name]) for name, value in clip.state_dict().items())
+        decoded.clear()
+    (file,) = (tmp_path / "pixels").iterdir()
+    spoilt = bytearray(file.read_bytes())
+    spoilt[-100] ^= 255  # of the last image
+    file.write_bytes(spoilt)
+    samples = CaptionSamples(dataset, "pretrain", clip, folder=tmp_path / "pixels")
+    fresh = decode(samples, 11)
+    assert torch.equal(samples.images(torch.tensor([3, 11]))[1], fresh) and decoded == [11]
+
+
+def test_no_room_for_the_pixels(make_scenes, tiny_clip, tmp_path, monkeypatch):
+    dataset, _ = make_scenes()
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DataError, match=r"no room for 12 decoded images, 0\.0 GB \(No space left"):
+        CaptionSamples(dataset, "pretrain", tiny_clip(77), 0, tmp_path / "pixels")
+
+
+def test_half_precision_computes_nearly_the_same(make_scenes, tiny_clip, make_scratch_config, tmp_path, monkeypatch):
+    dataset, _ = make_scenes()
+    losses = []
+    for dtype in (None, torch.bfloat16):
+        monkeypatch.setattr(pretraining, "autocast_dtype", lambda *arguments, dtype=dtype: dtype)
+        (tmp_path / str(dtype)).mkdir()
+        clip = tiny_clip(77)
+        summary = train(clip, dataset, make_scratch_config(steps=2), tmp_path / str(dtype))
+        assert all(parameter.dtype == torch.float32 for parameter in clip.parameters())
+        losses.append(summary["loss"])
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_pixels_lie_there_and_a_state_is_continued(make_scenes, tiny_clip, make_scratch_config, tmp_path):
+    dataset, _ = make_scenes()
+    gpu = torch.device("cuda")
+    samples = CaptionSamples(dataset, "pretrain", tiny_clip(77), 0, tmp_path / "pixels")
+    samples.move(gpu)
+    rows = torch.tensor([4, 0])
+    expected = CaptionSamples(dataset, "pretrain", tiny_clip(77)).images(rows)
+    assert samples.images(rows).device.type == "cuda" and torch.equal(samples.images(rows).cpu(), expected)
+    with killed_after(pretraining, 20), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pretraining, "SAVE_EVERY", 10)
+        train(tiny_clip(77), dataset, make_scratch_config(steps=30), tmp_path, device=gpu)
+    summary = train(tiny_clip(77), dataset, make_scratch_config(steps=30), tmp_path, device=gpu)
+    assert summary["resumed_at_step"] == 20 and math.isfinite(summary["loss"])
 
 
 def test_images_without_captions_are_left_out_and_counted(make_scenes, tiny_clip, make_scratch_config, tmp_path, caplog):

@@ -84,7 +84,7 @@ class Queue:
             elif len(parts) >= 4 and re.fullmatch(r"[0-9a-f]{7,}", parts[0]):
                 tasks.setdefault(parts[1], parts[-1])  # the latest one of a name comes first
                 lives |= parts[-1] == "Running" and self._lives(parts[0])
-        return Status(tasks, max(workers, int(lives)))  # a worker at work does not always answer DVC
+        return Status(tasks, max(workers, int(lives), self._living_workers()))  # one at work does not always answer DVC
 
     def log(self, name: str) -> list[str]:
         """What an experiment has printed so far, the lines that are not empty."""
@@ -162,6 +162,15 @@ class Queue:
             shown = " ".join(command[2:] if command[0] == sys.executable else command)[:200]
             raise FastGoalError(f"`{shown}` failed: {' '.join(lines[-LAST_LINES:])}")
         return said[0]
+
+    def _living_workers(self) -> int:
+        """The worker processes on this machine."""
+        count = 0
+        for path in (self.root / ".dvc/tmp/exps/celery").glob("dvc-exp-worker-*.json"):
+            with suppress(OSError, ValueError, KeyError):
+                known = read_json(path)
+                count += known["returncode"] is None and psutil.pid_exists(known["pid"])
+        return count
 
     def _lives(self, task: str) -> bool:
         """Whether the process of a task (the beginning of its commit) runs on this machine."""

@@ -23,7 +23,7 @@ BACKUP = WORK / "params.before_ablation.yaml"
 POLL_SECONDS = 5.0
 STATUS_EVERY = 4  # looks for finished experiments between two at the queue, which costs a second of one core
 TELL_SECONDS = 120.0  # between two lines that say the same
-PATIENCE = 3  # looks at a queue without a worker until one is started
+PATIENCE = 3  # looks at a queue with too few workers until they are started
 
 
 class Runner:
@@ -82,9 +82,11 @@ class Runner:
                 self.failed[name] = "it was taken off the queue" if gone else self._queue.reason(name)
                 self._say(f"{self._title}: {name} failed: {self.failed[name]}")
                 del waiting[name]
-            idle = idle + 1 if waiting and not status.workers else 0
+            idle = idle + 1 if status.workers < min(self._jobs, len(waiting)) else 0
             if (idle == 1 and looks == 1) or idle >= PATIENCE:
-                self._revive([name for name in waiting if status.tasks.get(name) == "Running"], waiting)
+                running = [name for name in waiting if status.tasks.get(name) == "Running"]
+                # DVC's workers read each other's half-written messages, and one of several may die of it (DVC 3.67)
+                self._revive([] if status.workers else running, waiting)
                 idle = 0
             line = self._line(waiting, status.tasks, total, ahead)
             if waiting and (line != told or time.monotonic() - now_at > TELL_SECONDS):

@@ -21,12 +21,14 @@ EXAMPLES = 3  # skipped samples named for each reason
 NOT_STATED = "not stated by the source"
 LICENCES = {
     "scenes": "drawn by this project's own generator",
+    "rich_scenes": "drawn by this project's own generator",
     "docci": "CC BY 4.0 (images and descriptions)",
     "dci": "descriptions: see github.com/facebookresearch/DCI; images: that of SA-1B",
     "sharegpt4v": "captions: see sharegpt4v.github.io; images: that of SA-1B",
 }
 EXPLANATIONS = {
     "scenes": "Procedurally drawn scenes with long and short captions and true boxes.",
+    "rich_scenes": "Procedurally drawn scenes of many kinds of objects, with long and short captions and true boxes.",
     "folder": "A folder of images with a table of captions.",
     "docci": "DOCCI: photographs with long descriptions written by people (Onoe et al., 2024).",
     "dci": "DCI: images of SA-1B with dense descriptions written by people (Urbanek et al., 2024).",

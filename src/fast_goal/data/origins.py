@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Protocol
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
-from fast_goal.errors import DataError
+from fast_goal.errors import DataError, TemporaryError
 
 _CHUNK = 1 << 20  # bytes per read of a file; HTTP brings its own
 
@@ -45,7 +45,7 @@ class Missing(DataError):
     """The address answers, and the file is not there."""
 
 
-class Unreachable(DataError):
+class Unreachable(DataError, TemporaryError):
     """The address did not deliver, however often it was asked."""
 
 

@@ -23,11 +23,11 @@ from fast_goal.config import EvaluateConfig
 from fast_goal.evaluation.bootstrap import interval, paired_test
 from fast_goal.evaluation.embedding import Answers, Captions, Questions
 from fast_goal.evaluation.features import FeatureStore
+from fast_goal.evaluation.headline import MODELS
 from fast_goal.evaluation.localisation import chance
 from fast_goal.evaluation.retrieval import DIRECTIONS, Ranks, Ties, rank_bounds, ranks, summary
 from fast_goal.evaluation.slices import slices
 
-MODELS = ("base", "finetuned")
 CLIP_CONTEXT = 77  # tokens that CLIP was pre-trained on
 # Token ids with BOS and EOS at which a slice ends, below the context of the models: CLIP's own, halfway, Long-CLIP's.
 LENGTH_EDGES = (CLIP_CONTEXT, 128, 248)
@@ -174,18 +174,6 @@ def caption_ranks(captions: Captions, answers: Answers, **options: Any) -> Ranks
     """The ranks of one model with one kind of caption; options as for `retrieval.ranks`."""
     features = answers.text_features[answers.rows(captions.texts)]
     return ranks(answers.image_features, features, torch.from_numpy(captions.images), **options)
-
-
-def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Every number of a nested mapping under its dotted name, without `@`, which not every tracking store allows."""
-    flat: dict[str, float] = {}
-    for key, value in metrics.items():
-        name = f"{prefix}{key}".replace("@", "").replace(" ", "_")
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{name}.")
-        elif isinstance(value, int | float):
-            flat[name] = float(value)
-    return flat
 
 
 def recall_rows(dataset: str, metrics: Mapping[str, Any], ks: Sequence[int]) -> list[dict[str, Any]]:

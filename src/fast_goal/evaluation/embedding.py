@@ -21,7 +21,7 @@ from torch import Tensor
 from fast_goal.data.captions import split_sentences
 from fast_goal.data.images import open_image
 from fast_goal.data.records import Dataset
-from fast_goal.data.sources.scenes.samples import scene_of
+from fast_goal.data.sources.scenes.samples import STYLES, scene_of
 from fast_goal.errors import DataError
 from fast_goal.evaluation.features import FeatureStore, ImageFile, embed_images
 from fast_goal.evaluation.localisation import centres_inside, first_hits
@@ -224,7 +224,7 @@ def _input_boxes(clip: Clip, asked: Questions, which: Sequence[int] | None = Non
 
 def _scenes(dataset: Dataset, records: pd.DataFrame) -> np.ndarray | None:
     """The scene of each image, where the source draws some of them more than once."""
-    if dataset.source != "scenes":
+    if dataset.source not in STYLES:
         return None
     return pd.factorize(records.image_id.map(scene_of))[0].astype(np.int64)
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 OUTPUT = Path("models/base")
 STATE = Path(".fast_goal/state/base")
+PIXELS = Path(".fast_goal/pixels")
 _log = logging.getLogger(__name__)
 
 
@@ -111,6 +112,7 @@ def _make_clip(params: Params, dataset: Dataset, folder: Path, key: str, track: 
             state_path=state,
             state_key=key,
             on_step=lambda step, record: track.metrics(measured(record), step=step),
+            pixels_folder=PIXELS,
         )
         clip = clip.stretched(config.context_length, config.keep_positions)
     metrics = {

@@ -1,7 +1,8 @@
 """`fast-goal evaluate`: measures the base and the fine-tuned model on the same questions, and writes the report.
 
-Writes to `models/reports/`: metrics.json, recall.csv and history.csv (for `dvc plots`), report.md, report.html, the
-pictures, and report.json, what else the report tells: `fast-goal report` makes the two reports from it again.
+Writes to `models/reports/`: metrics.json with every number, headline.json with the few for `dvc metrics`; recall.csv,
+localisation.csv, history.csv and validation.csv for `dvc plots`; report.md, report.html, the pictures, and report.json, what
+else the report tells: `fast-goal report` makes the two reports from it again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fast_goal.config import Params, to_dict
-from fast_goal.files import digest, read_json, write_json, write_text
+from fast_goal.files import digest, read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +41,9 @@ def main(params: Params, track: Tracker) -> None:
     """Runs the step. Raises DataError for a missing data set or an image that cannot be read, ModelError for a model."""
     from fast_goal import environment
     from fast_goal.data.records import load_dataset
-    from fast_goal.evaluation import comparison, embedding, features, tasks
+    from fast_goal.evaluation import comparison, embedding, exchange, features, headline, tasks
     from fast_goal.evaluation.report import write_report
+    from fast_goal.evaluation.tracked import tracked
     from fast_goal.model.clip import Clip
 
     begin = time.monotonic()
@@ -55,28 +57,25 @@ def main(params: Params, track: Tracker) -> None:
 
     metrics: dict[str, Any] = {}
     drawn: list[Picture] = []
-    recall: list[dict[str, Any]] = []
     for name in config.datasets:
         dataset = load_dataset(name)
         track.input(dataset, "evaluation")
         study = comparison.Study(embedding.questions(dataset, config.split, _pairs(name)), stores, config)
         metrics[name] = tasks.measure(study, config.tasks, f"evaluate {name}")
-        recall += comparison.recall_rows(name, metrics[name], config.ks)
         drawn += _draw(name, study, metrics[name])
 
     history = _history(FINETUNE)
     drawn += _draw_training("loss", "validation", "", history)
     if params.intermediate.dataset is not None:
         drawn += _draw_training("intermediate_loss", "intermediate_validation", " of the first stage", _history(INTERMEDIATE))
-    _write_csv(OUTPUT / "recall.csv", recall, ["dataset", "captions", "direction", "k", "model", "recall"])
-    _write_csv(OUTPUT / "history.csv", [row for row in history if "loss" in row], ["step", "loss"])
+    exchange.write(OUTPUT, metrics, history, config.ks, config.patch_ks)
     seconds = time.monotonic() - begin
     write_json(OUTPUT / "metrics.json", {**metrics, "seconds": seconds})
     write_report(OUTPUT, metrics, _facts(params, clips, device, seconds), drawn)
 
-    track.metrics(comparison.flatten({**metrics, "seconds": seconds}))
-    track.headline(_headline(metrics))
-    for file in ("report.md", "report.html", "report.json", *(picture.file for picture in drawn)):
+    track.metrics({**tracked(metrics), "seconds": seconds})
+    track.headline(headline.headline(metrics))
+    for file in ("metrics.json", "report.md", "report.html", "report.json", *(picture.file for picture in drawn)):
         track.artifact(OUTPUT / file)
 
 
@@ -187,14 +186,6 @@ def _history(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line] if path.exists() else []
 
 
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Writes a CSV with at least the named columns, so that a plot of it never lacks one."""
-    import pandas as pd
-
-    frame = pd.DataFrame(list(rows), columns=None if rows else list(columns))
-    write_text(path, frame.to_csv(index=False))
-
-
 def _facts(params: Params, clips: Mapping[str, Clip], device: torch.device, seconds: float) -> Any:
     from fast_goal.evaluation.comparison import MODELS
     from fast_goal.evaluation.published import recipe_of
@@ -264,23 +255,3 @@ def _skipped(names: Sequence[str]) -> list[dict[str, Any]]:
                     for (step, reason), count in counts.items()
                 ]
     return found
-
-
-def _headline(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The few numbers that stand for the whole run."""
-    from fast_goal.evaluation.comparison import MODELS, flatten
-
-    chosen: dict[str, Any] = {}
-    for name, values in metrics.items():
-        for kind in ("long", "short"):
-            if kind in values:
-                for model in MODELS:
-                    recall = values[kind][model]
-                    chosen[f"{name}.{kind}.{model}"] = {
-                        way: {key: recall[way][key] for key in list(recall[way])[:1]} for way in recall
-                    }
-        if "localisation" in values:
-            for model in (*MODELS, "chance"):
-                found = values["localisation"][model]
-                chosen[f"{name}.localisation.{model}"] = {key: found[key] for key in list(found)[:1]}
-    return flatten(chosen)

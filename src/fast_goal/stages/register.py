@@ -27,9 +27,10 @@ def main(params: Params, track: Tracker) -> None:
     Raises ModelError when there is no fine-tuned model or the registered one cannot be loaded back, DataError when the
     report or the data sets' descriptions are missing.
     """
+    from fast_goal.evaluation.headline import headline
     from fast_goal.tracking import identity
     from fast_goal.tracking.model_card import model_card
-    from fast_goal.tracking.registry import model_digest, register
+    from fast_goal.tracking.registry import Measured, model_digest, register
 
     digest = model_digest(MODEL)
     metrics = _read(REPORT, "evaluate")
@@ -46,7 +47,11 @@ def main(params: Params, track: Tracker) -> None:
     if params.intermediate.dataset is not None:
         tags["intermediate_dataset"] = params.intermediate.dataset
     card = model_card(params, datasets, metrics, {**tags, "model_digest": digest})
-    registration, is_new = register(MODEL, params.register.model_name, params.register.alias, card, tags, track.run_id)
+    digests = {info["name"]: info["digest"] for info in datasets}
+    measured = [Measured(name, digests[name], headline({name: metrics[name]})) for name in params.evaluate.datasets]
+    registration, is_new = register(
+        MODEL, params.register.model_name, params.register.alias, card, tags, track.run_id, measured
+    )
 
     write_text(OUTPUT / "model_card.md", card)
     write_json(OUTPUT / "registration.json", asdict(registration))

@@ -17,7 +17,7 @@ import psutil
 
 from fast_goal.errors import FastGoalError
 from fast_goal.tracking import identity
-from fast_goal.tracking.server import connect, tracking_uri
+from fast_goal.tracking.server import connect, quoted, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.tracking.client import MlflowClient
@@ -39,9 +39,9 @@ class Group:
         client, experiment_id = connect()
         known = {**tags, "fast_goal.role": "group"}
         alive = {"fast_goal.host": identity.host(), "fast_goal.process": identity.process_mark(psutil.Process())}
-        wanted = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in known.items())
+        wanted = " and ".join(f"tags.`{tag}` = {quoted(value)}" for tag, value in known.items())
         try:
-            found = client.search_runs([experiment_id], f"{wanted} and attributes.run_name = '{name}'", max_results=1)
+            found = client.search_runs([experiment_id], f"{wanted} and attributes.run_name = {quoted(name)}", max_results=1)
             if not found:
                 made = client.create_run(experiment_id, run_name=name, tags={**known, **alive})
                 return cls(client, experiment_id, made.info.run_id)

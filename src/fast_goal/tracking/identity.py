@@ -41,6 +41,11 @@ def pipeline_id() -> str:
     return f"single-{uuid.uuid4().hex}"
 
 
+def is_whole(pipeline: str) -> bool:
+    """Whether a `pipeline_id` is that of a pipeline, not of a step that was run by hand."""
+    return not pipeline.startswith("single-")
+
+
 def parent_run() -> str | None:
     """The MLflow run that this pipeline's run stands below, if any."""
     return os.environ.get(PARENT_VARIABLE) or None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fast_goal.config import FinetuneConfig, Params
 
-IN_FULL = ("long", "short", "localisation")  # tasks of which the table has every metric
+IN_FULL = ("long", "short", "localisation")  # tasks of which the table has metrics themselves, not only what they come down to
+KS = 2  # of these tasks, the first so many k; the report has all
+GAP = "&emsp;"  # MLflow's page puts no space between the columns of a table
+COLUMNS = ("metric (%)", "base", "fine-tuned", "difference", "95 % interval", "chance")
 NAMES = {"text_to_image": "text → image", "image_to_text": "image → text"}
 
 
@@ -50,13 +54,13 @@ def comparisons(metrics: Mapping[str, Any], path: Sequence[str] = ()) -> Iterato
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:
-    """The comparisons as a Markdown table, a sentence if there are none. The slices are left out; of the tasks beside
-    retrieval and localisation only what they come down to."""
-    rows = [row for row in comparisons(metrics) if _in_table(row.name.split(" · "))]
+    """The comparisons as a Markdown table, a sentence if there are none. The slices are left out, and all but the first `KS`
+    k; of the tasks beside retrieval and localisation there is only what they come down to."""
+    rows = _first_ks([row for row in comparisons(metrics) if _in_table(row.name.split(" · "))])
     if not rows:
         return "No metrics compare the two models."
     lines = [
-        "| metric (%) | base | fine-tuned | difference | 95 % interval | chance |",
+        "| " + " | ".join(f"{title}{GAP}" for title in COLUMNS) + " |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
@@ -66,6 +70,17 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
             f"| {row.low:+.1f} to {row.high:+.1f} | {chance} |"
         )
     return "\n".join(lines)
+
+
+def _first_ks(rows: Sequence[Comparison]) -> list[Comparison]:
+    seen: Counter[str] = Counter()
+    kept = []
+    for row in rows:
+        block = row.name.rpartition("@")[0]
+        seen[block] += 1
+        if not block or seen[block] <= KS:
+            kept.append(row)
+    return kept
 
 
 def _in_table(path: Sequence[str]) -> bool:
@@ -91,7 +106,7 @@ def model_card(
     )
     limits = [
         "Descriptions in English. Text beyond the context length is cut off.",
-        "Measured on the test split named above and nothing else; the intervals speak of the choice of test images, not of "
+        "Measured on the split named below and nothing else; the intervals speak of the choice of test images, not of "
         "the training seed.",
         "It inherits the biases of its base and of the captions. Not for identifying people, and not for decisions about them.",
     ]
@@ -129,11 +144,6 @@ def model_card(
             "## Data",
             *[_dataset_line(info, params) for info in datasets],
             "",
-            "## Results",
-            f"Split `{params.evaluate.split}`, in percent; the difference with its 95 % bootstrap interval.",
-            "",
-            metrics_table(metrics),
-            "",
             "## Limits",
             *[f"* {limit}" for limit in limits],
             "",
@@ -143,13 +153,21 @@ def model_card(
             "## Where it comes from",
             *[f"* {name}: `{value}`" for name, value in tags.items()],
             "",
+            # last, because MLflow's descriptions have a limit, and many data sets make a long table
+            "## Results",
+            f"Split `{params.evaluate.split}`, in percent; the difference with its 95 % bootstrap interval. The report, an "
+            "artifact of the run `evaluate`, has more.",
+            "",
+            metrics_table(metrics),
+            "",
         ]
     )
 
 
 def _training(objective: Mapping[str, Any], training: FinetuneConfig) -> str:
+    weights = ", ".join(f"{term} {weight:g}" for term, weight in (objective.get("weights") or {}).items())
     return (
-        f"with the objective `{objective.get('name')}` (weights {objective.get('weights')}) for {training.epochs} epochs: "
+        f"with the objective `{objective.get('name')}` ({weights or 'no weights'}) for {training.epochs} epochs: "
         f"batch {training.batch_size}, learning rate {training.learning_rate:g}, weight decay {training.weight_decay:g}"
     )
 

@@ -10,7 +10,10 @@ from __future__ import annotations
 import base64
 import importlib.metadata
 import io
-from collections.abc import Mapping
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +22,7 @@ import numpy as np
 
 from fast_goal.errors import ModelError
 from fast_goal.files import tree_digest
+from fast_goal.tracking.pyfunc import COLUMNS, OUTPUTS
 from fast_goal.tracking.server import connect, tracking_uri
 
 if TYPE_CHECKING:
@@ -31,7 +35,21 @@ PACKAGE = Path(__file__).parents[1]
 MODEL_FILES = ("open_clip_config.json", "open_clip_model.safetensors")
 # what the modules that load and embed import, by their names on the package index
 REQUIREMENTS = ("mlflow", "numpy", "open_clip_torch", "pandas", "pillow", "pyyaml", "safetensors", "torch", "torchvision")
+LOGGED_MODEL = re.compile(r"models:/(?P<id>m-[^/]+)")  # the source of a version
 DESCRIPTION_LENGTH = 5000  # MLflow's limit
+MODEL_TAGS = {"task": "image-text retrieval", "framework": "open_clip", "flavour": "pyfunc"}
+MODEL_DESCRIPTION = """CLIP fine-tuned so that it understands long, detailed descriptions: embeds images and texts into one \
+space, for search and ranking.
+
+Every version has its model card as description, and what it reached among the metrics of its logged model. Aliases: \
+`candidate` is the version registered last, `champion` the one that passed the gate and is in use, `previous` the one in use \
+before it.
+
+```python
+model = mlflow.pyfunc.load_model("models:/{name}@champion")
+model.predict(pandas.DataFrame({{"text": ["A red kite flies over a green field."]}}))["embedding"]
+```
+"""
 
 
 @dataclass(frozen=True)
@@ -46,6 +64,15 @@ class Registration:
     uri: str
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a model reached on one data set: `values` by name, in percent."""
+
+    dataset: str
+    digest: str
+    values: Mapping[str, float]
+
+
 def model_digest(folder: Path) -> str:
     """What makes two models the same: configuration and weights. Raises ModelError if one of the files is missing."""
     for name in MODEL_FILES:
@@ -55,10 +82,17 @@ def model_digest(folder: Path) -> str:
 
 
 def register(
-    folder: Path, name: str, alias: str, description: str, tags: Mapping[str, Any], run_id: str | None
+    folder: Path,
+    name: str,
+    alias: str,
+    description: str,
+    tags: Mapping[str, Any],
+    run_id: str | None,
+    measured: Sequence[Measured] = (),
 ) -> tuple[Registration, bool]:
     """Registers the model in `folder` and gives it the alias; returns the version and whether it is new.
 
+    `measured` is shown with the version and on the run, where there is one; MLflow has no metrics of a model alone.
     The alias moves only after the version has been loaded from the registry and has embedded the input example. Raises
     ModelError when that fails, FastGoalError when the store cannot be reached.
     """
@@ -73,6 +107,9 @@ def register(
             version = _create(client, experiment_id, folder, name, {**tags, "model_digest": digest}, run_id)
         _check_loads(name, version)
         client.update_model_version(name, version.version, _shorten(description))
+        logged = LOGGED_MODEL.fullmatch(version.source or "")
+        if run_id is not None and logged is not None:
+            _link(client, logged["id"], run_id, measured)
         client.set_registered_model_alias(name, alias, version.version)
     except MlflowException as error:
         raise ModelError(f"{folder} could not be registered as {name} at {tracking_uri()}: {error}") from error
@@ -106,13 +143,21 @@ def input_example() -> pd.DataFrame:
 
 
 def signature() -> ModelSignature:
-    """Text and image are optional columns, of any type MLflow can carry: an image may be bytes or base64 text."""
+    """All columns are optional and of any type MLflow can carry: an image may be bytes or base64 text. Which columns come out
+    depends on the parameter `output`: `embedding`, or for `scores` the others."""
     from mlflow.models import ModelSignature
-    from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Schema
+    from mlflow.types.schema import AnyType, Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
+    outputs = {
+        "embedding": Array(DataType.double),
+        "row": DataType.long,
+        "text_rows": Array(DataType.long),
+        "scores": Array(DataType.double),
+    }
     return ModelSignature(
-        inputs=Schema([ColSpec(AnyType(), "text", required=False), ColSpec(AnyType(), "image", required=False)]),
-        outputs=Schema([ColSpec(Array(DataType.double), "embedding")]),
+        inputs=Schema([ColSpec(AnyType(), name, required=False) for name in COLUMNS]),
+        outputs=Schema([ColSpec(kind, name, required=False) for name, kind in outputs.items()]),
+        params=ParamSchema([ParamSpec("output", DataType.string, OUTPUTS[0])]),
     )
 
 
@@ -127,6 +172,7 @@ def _create(
     import mlflow
     from mlflow.exceptions import MlflowException
     from mlflow.models import Model
+    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
     mlflow.set_tracking_uri(tracking_uri())
     mlflow.set_experiment(experiment_id=experiment_id)
@@ -146,11 +192,34 @@ def _create(
         input_example=input_example(),
     )
     try:
-        client.create_registered_model(name)
+        client.create_registered_model(name, tags=MODEL_TAGS, description=MODEL_DESCRIPTION.format(name=name))
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    return client.create_model_version(name, logged.model_uri, run_id=run_id, tags=tags, model_id=logged.model_id)
+    version = client.create_model_version(name, logged.model_uri, run_id=run_id, tags=tags, model_id=logged.model_id)
+    # by which the page of the logged model and those of its runs know that it is registered
+    named = json.dumps([{"name": name, "version": version.version}])
+    client.set_logged_model_tags(logged.model_id, {MLFLOW_MODEL_VERSIONS: named})
+    return version
+
+
+def _link(client: MlflowClient, model_id: str, run_id: str, measured: Sequence[Measured]) -> None:
+    """Shows the metrics with the model, they stand on the run as well, and the model with the pipeline's run."""
+    from mlflow.entities import LoggedModelOutput, Metric
+    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+    now = int(time.time() * 1000)
+    about = [
+        Metric(name, value, now, 0, model_id=model_id, dataset_name=one.dataset, dataset_digest=one.digest, run_id=run_id)
+        for one in measured
+        for name, value in one.values.items()
+    ]
+    client.log_batch(run_id, metrics=about)
+    above = client.get_run(run_id).data.tags.get(MLFLOW_PARENT_RUN_ID)
+    if above is not None:
+        outputs = client.get_run(above).outputs
+        if model_id not in [output.model_id for output in (outputs.model_outputs if outputs else [])]:  # twice is an error
+            client.log_outputs(above, [LoggedModelOutput(model_id, step=0)])
 
 
 def _check_loads(name: str, version: ModelVersion) -> None:

@@ -30,7 +30,7 @@ import psutil
 
 from fast_goal.config import Params, to_dict
 from fast_goal.errors import FastGoalError
-from fast_goal.tracking import identity
+from fast_goal.tracking import identity, pipelines, views
 from fast_goal.tracking.server import connect, tracking_uri
 from fast_goal.tracking.system_metrics import SystemMetrics
 
@@ -134,10 +134,11 @@ class MlflowTracker:
             profile=json.dumps({"images": len(dataset.records), **counts}),
         )
         tags = [InputTag("mlflow.data.context", context)] if context else []
-        self._call(
-            f"the data set {dataset.name}",
-            lambda: self._client.log_inputs(self._run, datasets=[DatasetInput(tracked, tags)]),
-        )
+        for run in (self._run, self.pipeline_run_id):  # there for MLflow's column Dataset
+            self._call(
+                f"the data set {dataset.name}",
+                lambda run=run: self._client.log_inputs(run, datasets=[DatasetInput(tracked, tags)]),
+            )
 
     def finish(self, status: str, message: str = "") -> None:
         """Hands over what is left and closes the run: FINISHED, FAILED or KILLED, with the reason as the tag `error`."""
@@ -164,6 +165,19 @@ class MlflowTracker:
         elif broken:
             status = "FAILED"
         self._client.set_terminated(self.pipeline_run_id, status)
+
+    def _describe_pipeline(self, experiment_id: str, params: Params, is_new: bool) -> None:
+        """The settings and files that belong to the whole pipeline; of these dvc.lock changes from step to step."""
+        run, client = self.pipeline_run_id, self._client
+        names = ["params.yaml", "dvc.lock"] if is_new else ["dvc.lock"]
+        for path in (Path(name).absolute() for name in names):
+            if path.is_file():
+                self._call(f"the file {path}", lambda path=path: client.log_artifact(run, str(path)), self._files)
+        if is_new:
+            self._call("the saved views", lambda: views.save_views(client, experiment_id, params))
+            self._log_params(run, to_dict(params))
+            text = pipelines.installed()
+            self._call("the list of installed packages", lambda: client.log_text(run, text, "requirements.txt"), self._files)
 
     def _log_params(self, run: str, values: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -305,67 +319,33 @@ def _open(step: str, params: Params) -> MlflowTracker:
     from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
     client, experiment_id = connect()
-    commit, pipeline = identity.git_commit(), identity.pipeline_id()
-    dataset = params.download.train_dataset
+    commit, dirty, pipeline = identity.git_commit(), identity.git_dirty(), identity.pipeline_id()
     tags = {
         "fast_goal.pipeline_id": pipeline,
         "fast_goal.host": identity.host(),
         "fast_goal.process": identity.process_mark(psutil.Process()),
         "git_commit": commit,
-        "git_dirty": str(identity.git_dirty()).lower(),
+        "git_dirty": str(dirty).lower(),
         "dvc_lock": identity.dvc_lock(),
-        "dataset": dataset,
+        "dataset": params.download.train_dataset,
         "experiment": params.experiment,
     }
-    name = f"{params.experiment}-{dataset}-{commit[:7]}"
     if experiment := identity.dvc_experiment():
-        tags["dvc_experiment"] = name = experiment
+        tags["dvc_experiment"] = experiment
+    command = f"fast-goal {step}"
+    by_hand = "" if identity.is_whole(pipeline) else f"-{step}"
+    name = pipelines.run_name(params, commit) + by_hand
+    own = {**tags, **pipelines.source_tags(command, commit, dirty), "fast_goal.role": "step", "step": step, "pipeline": name}
+    shared = {**tags, **pipelines.source_tags(command if by_hand else "dvc.yaml", commit, dirty)}
     try:
-        _close_dead_runs(client, experiment_id)
-        pipeline_run, is_new = _pipeline_run(client, experiment_id, tags, name)
-        child = client.create_run(
-            experiment_id,
-            run_name=step,
-            tags={**tags, "fast_goal.role": "step", "step": step, MLFLOW_PARENT_RUN_ID: pipeline_run},
-        )
+        pipelines.close_dead_runs(client, experiment_id)
+        above, is_new = pipelines.open_run(client, experiment_id, shared, name, pipelines.note(params))
+        child = client.create_run(experiment_id, run_name=step, tags={**own, MLFLOW_PARENT_RUN_ID: above})
     except MlflowException as error:
         raise FastGoalError(f"MLFLOW_TRACKING_URI = {tracking_uri()} refused a new run: {error}") from None
-    tracker = MlflowTracker(client, child.info.run_id, pipeline_run)
-    if is_new:
-        tracker._log_params(pipeline_run, to_dict(params))
+    tracker = MlflowTracker(client, child.info.run_id, above)
+    tracker._describe_pipeline(experiment_id, params, is_new)
     return tracker
-
-
-def _pipeline_run(client: MlflowClient, experiment_id: str, tags: dict[str, str], name: str) -> tuple[str, bool]:
-    """(run id, whether it is new). A run found again is set to RUNNING and to what this step knows."""
-    from mlflow.entities import RunTag
-    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-
-    pipeline = tags["fast_goal.pipeline_id"]
-    found = client.search_runs(
-        [experiment_id],
-        f"tags.`fast_goal.pipeline_id` = '{pipeline}' and tags.`fast_goal.role` = 'pipeline'",
-        max_results=1,
-    )
-    if not found:
-        above = identity.parent_run()
-        parent = {MLFLOW_PARENT_RUN_ID: above} if above else {}
-        made = client.create_run(experiment_id, run_name=name, tags={**tags, **parent, "fast_goal.role": "pipeline"})
-        return made.info.run_id, True
-    run_id = found[0].info.run_id
-    client.update_run(run_id, status="RUNNING")
-    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-    return run_id, False
-
-
-def _close_dead_runs(client: MlflowClient, experiment_id: str) -> None:
-    """Marks as KILLED the runs of this machine whose process is gone: a kill -9 leaves them RUNNING."""
-    running = client.search_runs(
-        [experiment_id], f"attributes.status = 'RUNNING' and tags.`fast_goal.host` = '{identity.host()}'", max_results=100
-    )
-    for run in running:
-        if not identity.is_alive(run.data.tags.get("fast_goal.process", "")):
-            client.set_terminated(run.info.run_id, "KILLED")
 
 
 def _peak_memory() -> float:

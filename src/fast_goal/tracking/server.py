@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fast_goal.environment import prepare
-from fast_goal.errors import FastGoalError
+from fast_goal.errors import FastGoalError, TemporaryError
 
 if TYPE_CHECKING:
     from mlflow.tracking.client import MlflowClient
 
 EXPERIMENT = "fast-goal"
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",  # which pages MLflow shows: those of training, not of language models
+    "mlflow.note.content": "Pipelines of FAST-GOAL: a run for each, and below it one for each step that ran. The menu *Views* "
+    "has charts that compare them; `fast-goal compare RUN RUN` prints in what two differ.",
+}
 REACH_SECONDS = 12  # to wait for a server's first answer
 
 
@@ -35,7 +40,7 @@ def connect() -> tuple[MlflowClient, str]:
     # the client alone: `import mlflow` takes a second longer
     from mlflow.exceptions import MlflowException
     from mlflow.tracking.client import MlflowClient
-    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
     uri = tracking_uri()
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
@@ -46,7 +51,8 @@ def connect() -> tuple[MlflowClient, str]:
         experiment_id = _create_experiment(client, name) if experiment is None else experiment.experiment_id
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise FastGoalError(
+        away = isinstance(error, OSError | OperationalError)  # what requests raises is an OSError, too
+        raise (TemporaryError if away else FastGoalError)(
             f"The MLflow store MLFLOW_TRACKING_URI = {uri} cannot be used: {reason}\n"
             "Start the server or correct the variable; without it, runs are kept in the project's own mlflow.db. "
             "A damaged or outdated mlflow.db can be moved away: a new one is made."
@@ -59,11 +65,20 @@ def connect() -> tuple[MlflowClient, str]:
     return client, experiment_id
 
 
+def quoted(text: str) -> str:
+    """A text as a literal of MLflow's search expressions, which know no escapes. Raises FastGoalError for both quotes in it."""
+    if "'" not in text:
+        return f"'{text}'"
+    if '"' not in text:
+        return f'"{text}"'
+    raise FastGoalError(f"MLflow cannot search for {text!r}, which has both kinds of quotes.")
+
+
 def _create_experiment(client: MlflowClient, name: str) -> str:
     from mlflow.exceptions import MlflowException
 
     try:
-        return client.create_experiment(name)
+        return client.create_experiment(name, tags=EXPERIMENT_TAGS)
     except MlflowException:
         made = client.get_experiment_by_name(name)  # by another process since we looked
         if made is None:

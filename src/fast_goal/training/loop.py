@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from fast_goal.training.distributed import Disconnected, Group, any_rank, check_
 from fast_goal.training.recorder import BadLoss, OnStep, Recorder
 from fast_goal.training.schedule import learning_rate, make_optimizer, parameter_groups, set_rate
 from fast_goal.training.step import TrainStep
+from fast_goal.training.stopping import STATUS, stop_requested
 
 OnEpoch = Callable[[Clip, int], dict[str, float] | None]
 SHOWN_IDS = 8  # of a batch, in an error
@@ -236,7 +236,7 @@ class _Training:
     def _leave(self) -> None:
         # together: whoever waits for the processes kills the others, also one that still writes, when the first has gone
         any_rank(True, self.group)
-        raise SystemExit(128 + signal.SIGTERM)
+        raise SystemExit(STATUS)
 
     def _seconds(self) -> float:
         """Of the whole training, with those before a resume."""
@@ -280,20 +280,14 @@ def _memory_advice(config: FinetuneConfig, batch_size: int, section: str) -> Ite
 
 @contextmanager
 def _terminated() -> Iterator[threading.Event]:
-    """An event that a SIGTERM sets, so that the step at hand is finished and its state written before the process ends."""
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # the only one that may set handlers
-        yield stopped
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: stopped.set())
-    try:
-        yield stopped
-    except Disconnected:
-        if not stopped.is_set():
-            raise
-        raise SystemExit(128 + signal.SIGTERM) from None  # another one died, and whoever started them ends all
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    """`stop_requested`, also where the signal reached another process first, which is gone by now."""
+    with stop_requested() as stopped:
+        try:
+            yield stopped
+        except Disconnected:
+            if not stopped.is_set():
+                raise
+            raise SystemExit(STATUS) from None  # another one died, and whoever started them ends all
 
 
 def autocast_dtype(precision: str, device: torch.device, section: str = "finetune") -> torch.dtype | None:

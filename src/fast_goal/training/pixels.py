@@ -1,11 +1,12 @@
 """The views of a training, kept on disk from their first decoding on: later epochs and later runs decode nothing.
 
-    .fast_goal/pixels/images-<key>.views, crops-<key>.views
+    .fast_goal/pixels/images-<key>.views, crops-<key>.views, base-<key>.views
 
-One file holds the images of a set of samples, one their crops; the key is a digest of all that the pixels follow from. A
-file begins with a sum for each view (0: not there yet); its pixels lie in a slot of their own behind these. The sum is
-written after the pixels, so that a killed writer leaves nothing that is taken for a view; after a power cut, which may lose
-any page of the file, the sum does not fit what is left. Nothing here is precious: to free the space, delete the folder.
+One file holds the images of a set of samples, one their crops, one those of a base trained from scratch; the key is a digest
+of all that the pixels follow from. A file begins with a sum for each view (0: not there yet); its pixels lie in a slot of their
+own behind these. The sum is written after the pixels, so that a killed writer leaves nothing that is taken for a view; after a
+power cut, which may lose any page of the file, the sum does not fit what is left. Nothing here is precious: to free the space,
+delete the folder.
 
 Letters: B samples of a batch, P local pairs of them, K slots, S side of a view.
 """
@@ -190,13 +191,18 @@ def _write(descriptor: int, values: np.ndarray, offset: int) -> None:
 
 def _keys(views: Views) -> tuple[str, str]:
     """Digests of all that the pixels of the images, and of the crops, follow from."""
-    common = f"{VERSION} {PIL.__version__} {features.version_feature('libjpeg_turbo')} {views.mode} {views.size}"
+    common = f"{decoder()} {views.mode} {views.size}"
     images = []
     for index, (width, height) in enumerate(views.sizes.tolist()):
         state = views.source.state(index) if views.hashes is None else views.hashes[index]
         images.append(f"{state} {width}x{height} {views.scale(index)}")
     crops = (f"{images[index]} {box}" for index, box in zip(views.owner.tolist(), views.crops.tolist(), strict=True))
     return _digest(common, images), _digest(common, crops)
+
+
+def decoder() -> str:
+    """What the pixels of every file follow from: its layout, and the libraries that decode."""
+    return f"{VERSION} {PIL.__version__} {features.version_feature('libjpeg_turbo')}"
 
 
 def _digest(common: str, lines: Iterable[str]) -> str:

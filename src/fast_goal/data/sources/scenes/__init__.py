@@ -4,8 +4,10 @@ Each image shows four to six drawn objects on a loose grid. Its long caption has
 object; short captions use the same sentences, one at a time. In `val` and `test` every scene has a twin that differs in
 one attribute of one object, so that detail decides. Look at it: `python -m fast_goal.data.sources.scenes PATH`.
 
-`vocabulary` words and records, `shapes` silhouettes, `drawing` pixels and boxes, `layout` random scenes and twins,
-`language` sentences, `samples` one finished sample, `source` the whole data set.
+`rich_scenes` are the same with four to eight objects and more of every kind, for a stronger base (docs/scenes_large.md).
+
+`vocabulary` words and records, `shapes` and `more_shapes` silhouettes, `drawing` pixels and boxes, `layout` random scenes
+and twins, `language` sentences, `samples` one finished sample, `source` the whole data set.
 """
 
 from fast_goal.data.sources.scenes.source import ScenesConfig, load

@@ -12,13 +12,17 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
 from fast_goal.data.sources.scenes.shapes import parts
-from fast_goal.data.sources.scenes.vocabulary import BACKGROUNDS, COLOURS, RGB, Scene, Thing
+from fast_goal.data.sources.scenes.vocabulary import BACKGROUNDS, COLOURS, MORE_BACKGROUNDS, MORE_COLOURS, RGB, Scene, Thing
 
 SUPERSAMPLING = 2
 INK: RGB = (24, 24, 24)
 # Stripes and dots are white but where that would hardly be seen; black on white and white on black would look alike.
 MARK: RGB = (252, 252, 248)
-OTHER_MARKS: dict[str, RGB] = {"white": (135, 135, 135), "black": (170, 170, 170), "yellow": (64, 64, 64), "pink": (64, 64, 64)}
+OTHER_MARKS: dict[str, RGB] = {"white": (135, 135, 135), "black": (170, 170, 170)} | dict.fromkeys(
+    ("yellow", "pink", "cyan", "lime"), (64, 64, 64)
+)
+_COLOURS = COLOURS | MORE_COLOURS
+_BACKGROUNDS = BACKGROUNDS | MORE_BACKGROUNDS
 
 # Fractions of the image's side at zoom 1. A stripe is then 2 pixels wide at 96 pixels: the smallest that is still seen.
 STROKE = 0.011
@@ -49,7 +53,7 @@ def draw(scene: Scene, size: int) -> Drawing:
         covered, filled = _mask(codes != _NOTHING), _mask(codes == _FILL)
         areas.append(np.count_nonzero(codes))
         canvas.paste(INK, corner, covered)
-        canvas.paste(_shifted(COLOURS[thing.colour], thing.tint), corner, filled)
+        canvas.paste(_shifted(_COLOURS[thing.colour], thing.tint), corner, filled)
         if thing.pattern != "plain":
             marks = _marks(thing, PATTERN_PERIOD * scene.zoom * side, covered.size)
             canvas.paste(OTHER_MARKS.get(thing.colour, MARK), corner, ImageChops.darker(filled, marks))
@@ -73,7 +77,7 @@ def _shifted(colour: RGB, tint: RGB) -> RGB:
 
 
 def _background(scene: Scene, side: int) -> Image.Image:
-    colour = _shifted(BACKGROUNDS[scene.background], scene.tint)
+    colour = _shifted(_BACKGROUNDS[scene.background], scene.tint)
     shade: RGB = tuple(round(value * 0.88) for value in colour)  # type: ignore[assignment]
     image = Image.new("RGB", (side, side), colour)
     pen = ImageDraw.Draw(image)
@@ -91,6 +95,16 @@ def _background(scene: Scene, side: int) -> Image.Image:
         for row in range(count):
             y = top + row * period + wave
             pen.line(np.stack([x, y], axis=1).ravel().tolist(), fill=shade, width=max(round(0.24 * period), 1))
+    elif scene.texture == "striped":
+        for column in range(count):
+            x = left + column * period
+            pen.rectangle((x, 0, x + 0.4 * period, side), fill=shade)
+    elif scene.texture == "dotted":
+        radius = 0.26 * period
+        for row in range(count):
+            for column in range(count):
+                x, y = left + (column + row % 2 / 2) * period, top + row * period
+                pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=shade)
     return image
 
 
@@ -120,7 +134,7 @@ def _mask(chosen: np.ndarray) -> Image.Image:
 
 
 def _marks(thing: Thing, period: float, size: tuple[int, int]) -> Image.Image:
-    """The stripes or dots as a mask of `size`, around the middle of the canvas."""
+    """The stripes, dots or checks as a mask of `size`, around the middle of the canvas."""
     mask = Image.new("L", size, 0)
     pen = ImageDraw.Draw(mask)
     angle = math.radians(thing.pattern_angle)
@@ -133,6 +147,12 @@ def _marks(thing: Thing, period: float, size: tuple[int, int]) -> Image.Image:
             point = middle + step * period * across
             ends = [*(point - reach * along), *(point + reach * along)]
             pen.line(ends, fill=255, width=max(round(0.45 * period), 1))
+    elif thing.pattern == "checkered":
+        corners = 0.5 * period * np.array([across + along, along - across, -across - along, across - along])
+        for row in range(-count, count + 1):
+            for column in range(-count + row % 2, count + 1, 2):
+                centre = middle + period * (row * along + column * across)
+                pen.polygon((centre + corners).ravel().tolist(), fill=255)
     else:
         radius = 0.33 * period
         rows, columns = np.mgrid[-count : count + 1, -count - 1 : count + 2]

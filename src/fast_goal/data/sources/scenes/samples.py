@@ -15,17 +15,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fast_goal.data.sources.scenes import language
+from fast_goal.data.sources.scenes import language, vocabulary
 from fast_goal.data.sources.scenes.drawing import Drawing
-from fast_goal.data.sources.scenes.language import Plan
+from fast_goal.data.sources.scenes.language import Count, Plan, Wording
 from fast_goal.data.sources.scenes.layout import random_close_up, random_scene, twins
-from fast_goal.data.sources.scenes.vocabulary import Scene
+from fast_goal.data.sources.scenes.vocabulary import Scene, Style
 
 # The numbers enter the random seeds: another order would be another data set.
 SPLIT_NUMBERS = {"pretrain": 0, "train": 1, "val": 2, "test": 3}
 TWIN_SPLITS = ("val", "test")
 CLOSE_UP_SHARE = 0.5  # of the split pretrain
 TWIN_SUFFIX = "-twin"  # of the id of the second image of a scene
+STYLES: dict[str, tuple[Style, Wording]] = {  # by the name of the source
+    "scenes": (vocabulary.PLAIN, language.PLAIN),
+    "rich_scenes": (vocabulary.RICH, language.RICH),
+}
 LARGE = 3  # the largest objects of a scene, which short captions are about
 
 
@@ -40,24 +44,29 @@ class Sample:
     objects: list[dict[str, Any]]
 
 
-def make_samples(seed: int, split: str, index: int, image_size: int) -> list[Sample]:
-    """The sample of an index, in `val` and `test` followed by its twin."""
+def make_samples(seed: int, split: str, index: int, image_size: int, source: str = "scenes") -> list[Sample]:
+    """The sample of an index, in `val` and `test` followed by its twin; `source` is one of STYLES."""
+    style, wording = STYLES[source]
     generator = np.random.default_rng(np.random.SeedSequence([seed, SPLIT_NUMBERS[split], index]))
     image_id = f"{split}-{index:06d}"
     if split == "pretrain" and generator.random() < CLOSE_UP_SHARE:
-        return [_close_up(generator, image_id, image_size)]
+        return [_close_up(generator, image_id, image_size, source)]
     while True:
-        scene, drawing = random_scene(generator, image_size)
+        scene, drawing = random_scene(generator, image_size, style)
         boxes = drawing.boxes / image_size
-        short = _plan_short(generator, boxes)
-        long = [] if split == "pretrain" else _plan_long(generator, boxes)
-        samples = [_sample(image_id, split, scene, drawing, long, short)]
+        short: list[Plan | str] = [*_plan_short(generator, boxes, wording)]
+        if split == "pretrain" and wording.short_overall and generator.random() < wording.short_overall:
+            short.append(_overall(generator, wording))
+        long = [] if split == "pretrain" else _plan_long(generator, scene, boxes, wording)
+        samples = [_sample(image_id, split, scene, drawing, long, short, source)]
         if split not in TWIN_SPLITS:
             return samples
         plans = [plan for plan in [*long, *short] if isinstance(plan, Plan)]
-        for twin, twin_drawing in twins(generator, scene, image_size):
-            if all(language.holds(plan, twin_drawing.boxes / image_size) for plan in plans):
-                return [*samples, _sample(f"{image_id}{TWIN_SUFFIX}", split, twin, twin_drawing, long, short)]
+        counts = [plan for plan in long if isinstance(plan, Count)]
+        for twin, twin_drawing in twins(generator, scene, image_size, style):
+            true = all(language.holds(plan, twin_drawing.boxes / image_size) for plan in plans)
+            if true and all(language.still_counts(count, twin) for count in counts):
+                return [*samples, _sample(f"{image_id}{TWIN_SUFFIX}", split, twin, twin_drawing, long, short, source)]
 
 
 def scene_of(image_id: str) -> str:
@@ -65,37 +74,58 @@ def scene_of(image_id: str) -> str:
     return image_id.removesuffix(TWIN_SUFFIX)
 
 
-def _close_up(generator: np.random.Generator, image_id: str, image_size: int) -> Sample:
+def _close_up(generator: np.random.Generator, image_id: str, image_size: int, source: str) -> Sample:
     """A detail of a scene, with a sentence that the whole scene would have for its subject, size and place included.
 
     So it is with details of photographs on the web. Were size and place told of whole scenes only, a CLIP would learn that
     these words mean a whole scene, and FLISM would match "a small ..." with any part of a scene that shows little.
     """
-    scene, drawing = random_scene(generator, image_size)
+    style, wording = STYLES[source]
+    scene, drawing = random_scene(generator, image_size, style)
     subject = int(generator.integers(len(scene.things)))
     boxes, everything = drawing.boxes / image_size, list(range(len(scene.things)))
-    short = [language.plan_thing(generator, subject, boxes, everything) for _ in range(generator.integers(1, 3))]
+    short = [language.plan_thing(generator, subject, boxes, everything, wording) for _ in range(generator.integers(1, 3))]
     detail, drawing = random_close_up(generator, scene, subject, image_size)
-    sample = _sample(image_id, "pretrain", detail, drawing, [], short)
+    sample = _sample(image_id, "pretrain", detail, drawing, [], [*short], source)
     # the others are cut off: they are no example of what the detector is to find
     return dataclasses.replace(sample, objects=[sample.objects[subject]])
 
 
-def _plan_long(generator: np.random.Generator, boxes: np.ndarray) -> list[Plan | str]:
+def _overall(generator: np.random.Generator, wording: Wording) -> str:
+    return wording.overall[int(generator.integers(len(wording.overall)))]
+
+
+def _plan_long(generator: np.random.Generator, scene: Scene, boxes: np.ndarray, wording: Wording) -> list[Plan | Count | str]:
     everything = list(range(len(boxes)))
-    overall = language.OVERALL[int(generator.integers(len(language.OVERALL)))]
-    plans = [overall, *(language.plan_thing(generator, thing, boxes, everything) for thing in everything)]
+    overall = _overall(generator, wording)
+    plans: list[Plan | Count | str] = [
+        overall,
+        *(language.plan_thing(generator, thing, boxes, everything, wording) for thing in everything),
+    ]
+    if wording.remarks and generator.random() < language.REMARK_SHARE:
+        plans.append(wording.remarks[int(generator.integers(len(wording.remarks)))])
+    if wording.counts and generator.random() < language.COUNT_SHARE:
+        count = language.plan_count(generator, scene, wording)
+        plans += [count] if count else []
     return [plans[place] for place in generator.permutation(len(plans))]
 
 
-def _plan_short(generator: np.random.Generator, boxes: np.ndarray) -> list[Plan]:
+def _plan_short(generator: np.random.Generator, boxes: np.ndarray, wording: Wording) -> list[Plan]:
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     large = np.argsort(-areas, kind="stable")[:LARGE].tolist()
     subjects = generator.permutation(large)[: int(generator.integers(1, 3))].tolist()
-    return [language.plan_thing(generator, thing, boxes, large) for thing in subjects]
+    return [language.plan_thing(generator, thing, boxes, large, wording) for thing in subjects]
 
 
-def _sample(image_id: str, split: str, scene: Scene, drawing: Drawing, long: list[Plan | str], short: list[Plan]) -> Sample:
+def _sample(
+    image_id: str,
+    split: str,
+    scene: Scene,
+    drawing: Drawing,
+    long: list[Plan | Count | str],
+    short: list[Plan | str],
+    source: str,
+) -> Sample:
     png = _png(drawing.image)
     corners = [dict(zip(("x1", "y1", "x2", "y2"), box, strict=True)) for box in drawing.boxes.tolist()]
     caption, said = language.long_caption(long, scene)
@@ -106,8 +136,8 @@ def _sample(image_id: str, split: str, scene: Scene, drawing: Drawing, long: lis
         "height": drawing.image.height,
         "split": split,
         "long_caption": caption,
-        "captions": [language.word_thing(plan, scene) for plan in short],
-        "source": "scenes",
+        "captions": [language.word(plan, scene) for plan in short],
+        "source": source,
         "content_hash": hashlib.sha256(png).hexdigest(),
     }
     truth = [

@@ -16,14 +16,14 @@ MODEL_SIZE = 96  # what the demo's model sees
 WIDTH, HEIGHT = 420, 430  # of one sample on the sheet
 
 
-def write_sheet(path: Path | str, seed: int = 0, columns: int = 4) -> None:
+def write_sheet(path: Path | str, seed: int = 0, columns: int = 4, source: str = "scenes") -> None:
     """Writes a PNG: four test scenes with twins, four training scenes and eight of the split pretrain.
 
     Each is shown at 192 pixels and, beside that, as the model sees it, at 96, followed by its captions.
     """
-    samples = [sample for index in range(4) for sample in make_samples(seed, "test", index, IMAGE_SIZE)]
+    samples = [sample for index in range(4) for sample in make_samples(seed, "test", index, IMAGE_SIZE, source)]
     for split, count in (("train", 4), ("pretrain", 8)):
-        samples += [sample for index in range(count) for sample in make_samples(seed, split, index, IMAGE_SIZE)]
+        samples += [sample for index in range(count) for sample in make_samples(seed, split, index, IMAGE_SIZE, source)]
     rows = -(-len(samples) // columns)
     sheet = Image.new("RGB", (columns * WIDTH, rows * HEIGHT), "white")
     for place, sample in enumerate(samples):

@@ -1,9 +1,11 @@
-"""The data source `scenes`: draws the images of all splits and hands over their captions and true boxes."""
+"""The data sources `scenes` and `rich_scenes`: draw the images of all splits and hand over their captions and true boxes."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -12,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fast_goal.config import number
+from fast_goal.config import number, to_dict
 from fast_goal.data.sources import Loaded, source
 from fast_goal.data.sources.scenes.samples import SPLIT_NUMBERS, make_samples
-from fast_goal.files import atomic_path
+from fast_goal.files import atomic_path, digest, read_json, tree_digest, write_text
 from fast_goal.progress import Progress
 
 CHUNK = 50  # indices a process draws at a time
@@ -41,14 +43,20 @@ def load(config: ScenesConfig, name: str, folder: Path) -> Loaded:
     """Draws the data set into `folder/<split>/<image_id>.png`.
 
     What is drawn depends on `config` alone (its own seed, not the run's `seed`), to the byte. Images are written
-    atomically and always drawn anew, which takes no longer than checking them; other files in the
-    splits' folders are removed. An image that equals an earlier one is left out, counted as skipped.
+    atomically; a killed run goes on where it stopped, a finished one is drawn anew, which takes no longer than checking it.
+    Other files in the splits' folders are removed. An image that equals an earlier one is left out, counted as skipped.
     """
     return draw_all(config, name, folder, min(os.cpu_count() or 1, 16))
 
 
-def draw_all(config: ScenesConfig, name: str, folder: Path, processes: int) -> Loaded:
-    """As `load`, on `processes` processes; their number does not change the result."""
+@source("rich_scenes", ScenesConfig)
+def load_rich(config: ScenesConfig, name: str, folder: Path) -> Loaded:
+    """As `load`, with more shapes, colours, patterns, backgrounds, relations, objects and ways to say it."""
+    return draw_all(config, name, folder, min(os.cpu_count() or 1, 16), "rich_scenes")
+
+
+def draw_all(config: ScenesConfig, name: str, folder: Path, processes: int, source: str = "scenes") -> Loaded:
+    """As `load`, on `processes` processes; their number does not change the result. `source`: one of `samples.STYLES`."""
     # Test first: of two equal images the one that is kept is never the one in a training split.
     splits = sorted(SPLIT_NUMBERS, key=SPLIT_NUMBERS.__getitem__, reverse=True)
     chunks = [
@@ -58,7 +66,10 @@ def draw_all(config: ScenesConfig, name: str, folder: Path, processes: int) -> L
     ]
     total = sum(len(indices) for _, indices in chunks)
     rows: Rows = {"records": [], "truth": [], "objects": []}
-    work = partial(_draw_chunk, config.seed, config.image_size, folder)
+    drawn_before = folder / f".drawn-{digest([to_dict(config), source, tree_digest(Path(__file__).parent, _is_code)])}"
+    for other in set(folder.glob(".drawn-*")) - {drawn_before}:
+        shutil.rmtree(other)
+    work = partial(_draw_chunk, config.seed, config.image_size, folder, source, drawn_before)
     with Progress(f"drawing {name}", total, "scenes") as progress, _mapper(processes if total >= WORTH_PROCESSES else 1) as run:
         for (_, indices), drawn in zip(chunks, run(work, chunks), strict=True):
             for table, values in drawn.items():
@@ -70,6 +81,7 @@ def draw_all(config: ScenesConfig, name: str, folder: Path, processes: int) -> L
         for path in (folder / split).glob("*"):  # also what a killed run left half written
             if path not in kept:
                 path.unlink()
+    shutil.rmtree(drawn_before, ignore_errors=True)
     return Loaded(root=folder, rows=rows["records"], skipped=skipped, truth=rows["truth"], objects=rows["objects"])
 
 
@@ -102,14 +114,27 @@ def _mapper(processes: int) -> Iterator[Any]:
             raise
 
 
-def _draw_chunk(seed: int, image_size: int, folder: Path, chunk: tuple[str, Iterable[int]]) -> Rows:
+def _draw_chunk(
+    seed: int, image_size: int, folder: Path, source: str, drawn_before: Path, chunk: tuple[str, Iterable[int]]
+) -> Rows:
+    """Draws a chunk, or takes the rows of one that a killed run has drawn: their file is written after the images."""
     split, indices = chunk
+    mark = drawn_before / f"{split}-{next(iter(indices)):08d}.json"
+    if mark.exists():
+        found: Rows = read_json(mark)
+        if all((folder / record["image_path"]).exists() for record in found["records"]):
+            return found
     rows: Rows = {"records": [], "truth": [], "objects": []}
     for index in indices:
-        for sample in make_samples(seed, split, index, image_size):
+        for sample in make_samples(seed, split, index, image_size, source):
             with atomic_path(folder / sample.record["image_path"]) as path:
                 path.write_bytes(sample.png)
             rows["records"].append(sample.record)
             rows["truth"] += sample.truth
             rows["objects"] += sample.objects
+    write_text(mark, json.dumps(rows))
     return rows
+
+
+def _is_code(path: Path) -> bool:
+    return path.suffix == ".py"

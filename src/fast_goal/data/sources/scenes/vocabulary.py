@@ -1,6 +1,8 @@
 """The words of the scenes, their colours in RGB, and the two records that describe a scene completely.
 
-Lengths are fractions of the image's side, angles are degrees; a `Scene` together with the image size determines every pixel.
+There are two styles: PLAIN, the demo's, and RICH, with more of everything. What PLAIN draws must not change by a byte, and
+the order of its words enters the random numbers. Lengths are fractions of the image's side, angles are degrees; a `Scene`
+together with the image size determines every pixel.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ COLOURS: dict[str, RGB] = {
 }
 
 PATTERNS = ("plain", "striped", "dotted")
-PATTERN_ENDINGS = {"plain": "with no pattern", "striped": "with stripes", "dotted": "with dots"}
+PATTERN_ENDINGS = {"plain": "with no pattern", "striped": "with stripes", "dotted": "with dots", "checkered": "with checks"}
 
 # The longest side of an object; the gaps between the ranges keep the three words apart.
 SIZES: dict[str, tuple[float, float]] = {"small": (0.19, 0.21), "medium-sized": (0.27, 0.30), "large": (0.37, 0.41)}
@@ -54,7 +56,31 @@ POSITIONS = (
 
 RELATIONS = ("to the left of", "to the right of", "above", "below")
 
+DIAGONALS = ("to the upper left of", "to the upper right of", "to the lower left of", "to the lower right of")
+
 NUMBERS = {4: "four", 5: "five", 6: "six"}
+
+# What only the rich scenes have.
+MORE_SHAPES = (
+    "diamond", "hexagon", "drop", "cloud", "umbrella", "boat", "bottle", "key",
+    "leaf", "bell", "apple", "bolt", "hourglass", "rocket", "lamp", "car",
+)  # fmt: skip
+MORE_COLOURS: dict[str, RGB] = {
+    "cyan": (0, 196, 222),
+    "lime": (168, 230, 40),
+    "navy": (20, 26, 100),
+    "gray": (128, 128, 130),
+}
+MORE_PATTERNS = ("checkered",)
+MORE_BACKGROUNDS: dict[str, RGB] = {
+    "sky-blue": (160, 206, 246),
+    "salmon": (240, 164, 146),
+    "khaki": (188, 184, 128),
+}
+MORE_TEXTURES = ("striped", "dotted")
+# Smaller, as there are more of them; the same words are relative to the others of their style.
+RICH_SIZES: dict[str, tuple[float, float]] = {"small": (0.15, 0.165), "medium-sized": (0.21, 0.23), "large": (0.29, 0.32)}
+ALL_NUMBERS = {2: "two", 3: "three", **NUMBERS, 7: "seven", 8: "eight"}
 
 
 @dataclass(frozen=True)
@@ -88,3 +114,47 @@ class Scene:
     phase: tuple[float, float]  # shift of the texture, in its periods
     zoom: float
     things: tuple[Thing, ...]
+
+
+@dataclass(frozen=True)
+class Style:
+    """What scenes are made of. Things lie on a loose grid of `grid` x `grid` cells, their centres up to `jitter` off."""
+
+    shapes: tuple[str, ...]
+    colours: tuple[str, ...]
+    patterns: tuple[str, ...]
+    sizes: dict[str, tuple[float, float]]
+    backgrounds: tuple[str, ...]
+    textures: tuple[str, ...]
+    numbers: tuple[int, ...]
+    grid: int
+    jitter: float
+
+    @property
+    def contrasts(self) -> dict[str, tuple[str, ...]]:
+        """The attributes in which a scene and its twin may differ, with their values."""
+        return {"colour": self.colours, "shape": self.shapes, "pattern": self.patterns}
+
+
+PLAIN = Style(
+    shapes=SHAPES,
+    colours=tuple(COLOURS),
+    patterns=PATTERNS,
+    sizes=SIZES,
+    backgrounds=tuple(BACKGROUNDS),
+    textures=TEXTURES,
+    numbers=tuple(NUMBERS),
+    grid=3,
+    jitter=0.085,
+)
+RICH = Style(
+    shapes=SHAPES + MORE_SHAPES,
+    colours=(*COLOURS, *MORE_COLOURS),
+    patterns=PATTERNS + MORE_PATTERNS,
+    sizes=RICH_SIZES,
+    backgrounds=(*BACKGROUNDS, *MORE_BACKGROUNDS),
+    textures=TEXTURES + MORE_TEXTURES,
+    numbers=(4, 5, 6, 7, 8),
+    grid=4,
+    jitter=0.045,
+)

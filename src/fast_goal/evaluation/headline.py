@@ -1,0 +1,38 @@
+"""The few numbers that stand for a whole run, and the names under which numbers are kept. Needs no model and no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+MODELS = ("base", "finetuned")
+
+
+def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The few numbers that stand for the whole run, in percent. metrics: by data set, as in metrics.json."""
+    chosen: dict[str, Any] = {}
+    for name, values in metrics.items():
+        for kind in ("long", "short"):
+            if kind in values:
+                for model in MODELS:
+                    recall = values[kind][model]
+                    chosen[f"{name}.{kind}.{model}"] = {
+                        way: {key: recall[way][key] for key in list(recall[way])[:1]} for way in recall
+                    }
+        if "localisation" in values:
+            for model in (*MODELS, "chance"):
+                found = values["localisation"][model]
+                chosen[f"{name}.localisation.{model}"] = {key: found[key] for key in list(found)[:1]}
+    return flatten(chosen)
+
+
+def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Every number of a nested mapping under its dotted name, without `@`, which not every tracking store allows."""
+    flat: dict[str, float] = {}
+    for key, value in metrics.items():
+        name = f"{prefix}{key}".replace("@", "").replace(" ", "_")
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{name}.")
+        elif isinstance(value, int | float):
+            flat[name] = float(value)
+    return flat

@@ -1,0 +1,1 @@
+"""How far data and models have moved from what they were."""

@@ -1,0 +1,69 @@
+"""How long a model takes for one text and for one image, beside another model on the same machine at the same time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fast_goal.data.captions import tokenize, trim
+from fast_goal.data.images import open_image
+from fast_goal.model.clip import Clip
+from fast_goal.model.inference import arithmetic
+
+WARM_UP = 3  # calls of each model that are not counted
+SECONDS = 2.0  # a guess: for a kind of input, long enough for a median that holds still
+LEAST, MOST = 15, 400  # rounds; a large model on a CPU gets the least
+
+
+class Times(NamedTuple):
+    """For one input: the median milliseconds of each model, and the median over the rounds of the candidate's time as a
+    multiple of the champion's in the same round."""
+
+    candidate: float
+    champion: float
+    ratio: float
+
+
+def latency(candidate: Clip, champion: Clip, text: str, image: Path, device: torch.device, precision: str) -> dict[str, Times]:
+    """How long both models take for one input, by kind.
+
+    text: from its characters to its embedding in memory. image: from the file on disk to the same. The models take turns,
+    and every other round the other one begins, so that a machine that is busy for a while is so for both of them.
+    """
+    for clip in (candidate, champion):
+        clip.to(device).eval()
+
+    def embed_text(clip: Clip) -> None:
+        tokens, _ = tokenize([text], clip.context_length)
+        clip.encode_text(trim(tokens).to(device)).float().cpu()  # the copy waits for a GPU to finish
+
+    def embed_image(clip: Clip) -> None:
+        opened = open_image(image)
+        clip.encode_image(clip.view(*opened.size).apply(opened)[None].to(device)).float().cpu()
+
+    with arithmetic(precision, device):
+        return {kind: _times(candidate, champion, embed) for kind, embed in (("text", embed_text), ("image", embed_image))}
+
+
+def _times(candidate: Clip, champion: Clip, embed: Callable[[Clip], None]) -> Times:
+    clips = (candidate, champion)
+    for _ in range(WARM_UP):
+        for clip in clips:
+            embed(clip)
+    times: tuple[list[float], list[float]] = ([], [])
+    begin, order = time.perf_counter(), [0, 1]
+    for done in range(MOST):
+        if done >= LEAST and time.perf_counter() - begin > SECONDS:
+            break
+        for model in order:
+            start = time.perf_counter()
+            embed(clips[model])
+            times[model].append(1000 * (time.perf_counter() - start))
+        order.reverse()
+    ratio = statistics.median(mine / other for mine, other in zip(*times, strict=True))
+    return Times(statistics.median(times[0]), statistics.median(times[1]), ratio)
