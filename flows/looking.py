@@ -19,6 +19,7 @@ from running import ROOT, StepFailed
 
 from fast_goal.files import read_json
 
+CHANGES_SHOWN = 3  # of a step, in the log
 STATUS_SECONDS = 3600  # to hash data that DVC has not seen yet
 REGISTRATION = ROOT / "models/register/registration.json"
 DECISIONS = ROOT / "models/decisions"
@@ -45,13 +46,18 @@ class Found:
     def text(self) -> str:
         """One sentence for the log."""
         if self.out_of_date:
-            steps = "; ".join(f"{step} ({', '.join(changes)})" for step, changes in self.out_of_date.items())
+            steps = "; ".join(f"{step} ({_shown(changes)})" for step, changes in self.out_of_date.items())
             return f"{'new data. ' if self.new_data else ''}Out of date: {steps}"
         if not self.judged:
             return f"nothing is out of date; version {self.candidate} was registered and not judged"
         if self.untold:
             return "nothing is out of date; the last decision has not been told"
         return "nothing is out of date, and the candidate has been judged"
+
+
+def _shown(changes: list[str]) -> str:
+    more = len(changes) - CHANGES_SHOWN
+    return ", ".join(changes[:CHANGES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def look() -> Found:

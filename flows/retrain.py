@@ -36,7 +36,7 @@ from fast_goal.errors import FastGoalError
 from prefect import flow, get_run_logger  # isort: skip  after `running`, which sets Prefect's switches
 from prefect.artifacts import create_markdown_artifact  # isort: skip
 from prefect.client.schemas.objects import State  # isort: skip
-from prefect.states import Completed  # isort: skip
+from prefect.states import Cancelled, Completed  # isort: skip
 
 NOTHING = "nothing to do"
 
@@ -77,7 +77,7 @@ def retrain(
     step_timeout_seconds: float = STEP_TIMEOUT_SECONDS,
 ) -> State[Any]:
     """Ends as Completed with `nothing to do`, `promoted version 3 ...` or `rejected version 3 ...`; as Failed where a step
-    fails and where another flow works in this folder.
+    fails, and as Busy (a Cancelled one) where another flow works in this folder.
 
     experiment, overrides: params.yaml is composed anew, as by `fast-goal configure`. force: run all steps even where nothing
     changed. step_timeout_seconds: of one step, of drift and of the gate.
@@ -98,6 +98,9 @@ def retrain(
             else:
                 decision = found.untold
             return firing.end(decision)
+    except Busy as error:  # no failure: what is to be done is being done
+        firing.log({"decision": "busy", "reasons": [str(error)]})
+        return Cancelled(name="Busy", message=str(error))
     except Exception as error:
         firing.failed(error)
         raise
@@ -140,10 +143,9 @@ class Firing:
         return Completed(message=text)
 
     def failed(self, error: Exception) -> None:
-        """Logs it, and tells it, but for a flow that found another one at work: that one will tell."""
-        self.log({"decision": "busy" if isinstance(error, Busy) else "failed", "reasons": [str(error)]})
-        if not isinstance(error, Busy):
-            self._notify("failed", f"The retraining failed: {error}", {"reasons": [str(error)]})
+        """Logs it, and tells it."""
+        self.log({"decision": "failed", "reasons": [str(error)]})
+        self._notify("failed", f"The retraining failed: {error}", {"reasons": [str(error)]})
 
     def log(self, decision: Mapping[str, Any]) -> None:
         """Appends a line to models/decisions/log.jsonl."""
@@ -220,6 +222,9 @@ def main(arguments: list[str] | None = None) -> int:
         if state.is_completed():
             print(f"retrain: {state.message}")
             return 0
+        if state.name == "Busy":
+            print(f"retrain: {state.message}", file=sys.stderr)
+            return 1
         state.result()
     except (StepFailed, FastGoalError) as error:
         print(f"retrain: {error}", file=sys.stderr)

@@ -15,9 +15,9 @@ from fast_goal.evaluation.comparison import (
     Variant,
     compare_retrieval,
     difference,
-    flatten,
     recall_rows,
 )
+from fast_goal.evaluation.headline import flatten
 
 LENGTHS = [10, 77, 78, 128, 129, 248, 249, 400]
 TEXTS = [f"text {index}" for index in range(8)]
