@@ -131,6 +131,19 @@ def test_the_models_take_turns_and_the_medians_are_theirs(monkeypatch):
         )
 
 
+def test_rounds_that_something_else_slowed_down_do_not_count(monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+
+    def embed(clip):
+        calls.append(clip)
+        busy = len(calls) % 7 < 5 and clip == "candidate"  # most of the time, and by chance the candidate's
+        now[0] += 0.009 if busy else 0.003
+
+    times = latency._times("candidate", "champion", embed)
+    assert times.candidate == pytest.approx(9) and times.champion == pytest.approx(3) and times.ratio == pytest.approx(1)
+
+
 def test_latency_is_that_of_a_real_text_and_image(found):
     for kind in ("text", "image"):
         assert 0 < found.latency[kind].candidate < 5000 and 0 < found.latency[kind].ratio < 100

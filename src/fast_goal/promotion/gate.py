@@ -127,7 +127,7 @@ def _validation(validation: Mapping[str, Any] | None, datasets: list[str]) -> Ch
 def _latency(measured: Measured, config: GateConfig) -> Iterator[Check]:
     for kind, times in measured.latency.items():
         seen = f"Median time for one {kind}: {times.candidate:.2f} ms against {times.champion:.2f} ms"
-        name, text = f"latency ratio, {kind}", f"{seen}, {times.ratio:.2f} times in the median round"
+        name, text = f"latency ratio, {kind}", f"{seen}, {times.ratio:.2f} times between the fastest rounds"
         if config.latency_ratio is None:
             yield Check(name, True, times.ratio, None, f"{text}; no bound is set.")
         else:
