@@ -128,9 +128,10 @@ def _start_server(start: Any) -> str:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    log = HOME / "server.log"
-    server = start(command, {"PREFECT_HOME": str(HOME)}, log)
-    url, seconds = f"http://127.0.0.1:{port}/api", PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value()
+    log, url = HOME / "server.log", f"http://127.0.0.1:{port}/api"
+    # the pages ask port 4200 else
+    server = start(command, {"PREFECT_HOME": str(HOME), "PREFECT_SERVER_UI_API_URL": url}, log)
+    seconds = PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value()
     end = time.monotonic() + seconds
     while time.monotonic() < end and server.poll() is None:
         with contextlib.suppress(httpx.TransportError):

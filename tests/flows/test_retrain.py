@@ -265,6 +265,8 @@ def test_a_schedule_has_a_server_of_its_own_and_ends_with_it(root, tmp_path):
             found = httpx.post(f"{api}/deployments/filter", json={}).raise_for_status().json()
         [deployment] = found
         assert deployment["name"] == "scheduled" and deployment["schedules"][0]["schedule"]["cron"] == "0 3 1 1 *"
+        shown = httpx.get(f"{api.removesuffix('/api')}/ui-settings").raise_for_status().json()
+        assert shown["api_url"] == api, "the pages in the browser ask this server"
         started = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
