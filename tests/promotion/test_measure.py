@@ -144,6 +144,20 @@ def test_rounds_that_something_else_slowed_down_do_not_count(monkeypatch):
     assert times.candidate == pytest.approx(9) and times.champion == pytest.approx(3) and times.ratio == pytest.approx(1)
 
 
+@pytest.mark.parametrize(("own", "ratio", "seconds"), [(0.003, 1, 4), (0.006, 2, 20)])
+def test_a_candidate_that_seems_slow_is_timed_for_longer(monkeypatch, own, ratio, seconds):
+    """The machine is busy, whenever it is the candidate's turn, for four seconds; what is slow by itself stays so."""
+    now = [0.0]
+    monkeypatch.setattr(latency, "SECONDS", 2.0)
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+
+    def embed(clip):
+        now[0] += {"candidate": own + (0.02 if now[0] < 4 else 0), "champion": 0.003}[clip]
+
+    times = latency._times("candidate", "champion", embed, 1.25)
+    assert times.ratio == pytest.approx(ratio) and now[0] == pytest.approx(seconds, abs=0.2)
+
+
 def test_latency_is_that_of_a_real_text_and_image(found):
     for kind in ("text", "image"):
         assert 0 < found.latency[kind].candidate < 5000 and 0 < found.latency[kind].ratio < 100

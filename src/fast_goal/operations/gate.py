@@ -170,7 +170,7 @@ def _judge(case: Case, notes: list[str]) -> str:
             track.input(dataset, "gate")
         candidate = Clip.load(download(case.candidate))
         champion = Clip.load(BASE if case.champion is None else download(case.champion))
-        measured = measure(candidate, champion, case.datasets, params.evaluate, device())
+        measured = measure(candidate, champion, case.datasets, params.evaluate, device(), params.gate.latency_ratio)
         decision = decide(measured, params.gate, read_json(VALIDATION) if VALIDATION.exists() else None)
         tags = _tags(case, measured, decision)
         if not case.dry_run:

@@ -17,7 +17,8 @@ from fast_goal.model.inference import arithmetic
 
 WARM_UP = 3  # calls of each model that are not counted
 SECONDS = 2.0  # a guess: for a kind of input, long enough for a median that holds still
-LEAST, MOST = 15, 400  # rounds; a large model on a CPU gets the least
+PATIENCE = 10  # times as long, a guess, while the candidate seems too slow: what is slow by itself stays so
+LEAST, MOST = 15, 4000  # rounds; a large model on a CPU gets the least
 
 
 class Times(NamedTuple):
@@ -32,11 +33,20 @@ class Times(NamedTuple):
     ratio: float
 
 
-def latency(candidate: Clip, champion: Clip, text: str, image: Path, device: torch.device, precision: str) -> dict[str, Times]:
+def latency(
+    candidate: Clip,
+    champion: Clip,
+    text: str,
+    image: Path,
+    device: torch.device,
+    precision: str,
+    bound: float | None = None,
+) -> dict[str, Times]:
     """How long both models take for one input, by kind.
 
     text: from its characters to its embedding in memory. image: from the file on disk to the same. The models take turns,
-    and every other round the other one begins, so that a machine that is busy for a while is so for both of them.
+    and every other round the other one begins, so that a machine that is busy for a while is so for both of them. bound: of
+    the ratio; while it is above, the measurement goes on, as more rounds can only bring both models closer to what they need.
     """
     for clip in (candidate, champion):
         clip.to(device).eval()
@@ -50,10 +60,12 @@ def latency(candidate: Clip, champion: Clip, text: str, image: Path, device: tor
         clip.encode_image(clip.view(*opened.size).apply(opened)[None].to(device)).float().cpu()
 
     with arithmetic(precision, device):
-        return {kind: _times(candidate, champion, embed) for kind, embed in (("text", embed_text), ("image", embed_image))}
+        return {
+            kind: _times(candidate, champion, embed, bound) for kind, embed in (("text", embed_text), ("image", embed_image))
+        }
 
 
-def _times(candidate: Clip, champion: Clip, embed: Callable[[Clip], None]) -> Times:
+def _times(candidate: Clip, champion: Clip, embed: Callable[[Clip], None], bound: float | None = None) -> Times:
     clips = (candidate, champion)
     for _ in range(WARM_UP):
         for clip in clips:
@@ -61,7 +73,9 @@ def _times(candidate: Clip, champion: Clip, embed: Callable[[Clip], None]) -> Ti
     times: tuple[list[float], list[float]] = ([], [])
     begin, order = time.perf_counter(), [0, 1]
     for done in range(MOST):
-        if done >= LEAST and time.perf_counter() - begin > SECONDS:
+        seconds = time.perf_counter() - begin
+        slow = done and bound is not None and min(times[0]) > bound * min(times[1])
+        if done >= LEAST and seconds > (PATIENCE * SECONDS if slow else SECONDS):
             break
         for model in order:
             start = time.perf_counter()

@@ -65,9 +65,16 @@ class Measured:
 
 
 def measure(
-    candidate: Clip, champion: Clip, datasets: Sequence[Dataset], config: EvaluateConfig, device: torch.device
+    candidate: Clip,
+    champion: Clip,
+    datasets: Sequence[Dataset],
+    config: EvaluateConfig,
+    device: torch.device,
+    latency_ratio: float | None = None,
 ) -> Measured:
     """Both models on the split `evaluate.split` of each data set. The first one with long captions decides.
+
+    latency_ratio: a candidate that seems slower than so many times the champion is timed for longer.
 
     Raises DataError where no data set has long captions or an image cannot be read, ModelError where the champion's
     embeddings are not finite.
@@ -93,7 +100,7 @@ def measure(
     lengths = stores[CHAMPION].lengths(study.asked.long.texts)
     usual = int(np.argsort(lengths, kind="stable")[len(lengths) // 2])
     image = study.asked.paths[int(study.asked.long.images[usual])]
-    times = latency(candidate, champion, study.asked.long.texts[usual], image, device, config.precision)
+    times = latency(candidate, champion, study.asked.long.texts[usual], image, device, config.precision, latency_ratio)
     return Measured(deciding, long, short, against_ties, times)
 
 
