@@ -221,8 +221,8 @@ class Study:
             if own is None or other is None:
                 self._problems[f"{arm}: needs {described.like} and {described.equal_compute} among --arms"] = None
                 return
-            cost, own_cost = (run.finetune["training_seconds"] / run.finetune["steps"] for run in (other, own))
-            more = [f"finetune.epochs={plan.equal_compute_epochs(own.params.finetune.epochs, cost, own_cost)}"]
+            epochs = plan.equal_compute_epochs(own.params.finetune.epochs, other.step_seconds, own.step_seconds)
+            more = [f"finetune.epochs={epochs}"]
         params = self._params(self._known["arms"][table.name][arm], seed, more)
         folder = self._train(params, f"{arm}, seed {seed}, {len(self._done) + 1} of {self.total}")
         report, wanted = folder / "measured.json", self._tasks()

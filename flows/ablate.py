@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from running import STEP_TIMEOUT_SECONDS, StepFailed, command_task, pipeline_name, run_command, working_tree
-
-from fast_goal.errors import FastGoalError
+from running import STEP_TIMEOUT_SECONDS, command_task, exit_status, pipeline_name, run_command, working_tree
 
 from prefect import flow  # isort: skip  after `running`, which sets Prefect's switches
 
@@ -43,15 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("table", help="V, VI, VII, VIII, XIV, XV, XVI or XVII")
     parser.add_argument("words", nargs="*", metavar="key=value", help="as for `fast-goal ablate`")
     parser.add_argument("--jobs", "-j", type=int, default=1, help="experiments at a time")
-    try:
-        ablate(**vars(parser.parse_intermixed_args(arguments)))
-    except (StepFailed, FastGoalError) as error:
-        print(f"ablate: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("ablate: interrupted; the runs that ended are kept, and the next call goes on", file=sys.stderr)
-        return 130
-    return 0
+    options = vars(parser.parse_intermixed_args(arguments))
+    return exit_status("ablate", lambda: ablate(**options), "the runs that ended are kept, and the next call goes on")
 
 
 if __name__ == "__main__":

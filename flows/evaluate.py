@@ -11,9 +11,7 @@ import argparse
 import sys
 
 from reproduce import summary
-from running import STEP_TIMEOUT_SECONDS, TASKS, StepFailed, command_task, pipeline_name, run_command, working_tree
-
-from fast_goal.errors import FastGoalError
+from running import STEP_TIMEOUT_SECONDS, TASKS, command_task, exit_status, pipeline_name, run_command, working_tree
 
 from prefect import flow  # isort: skip  after `running`, which sets Prefect's switches
 from prefect.artifacts import create_markdown_artifact  # isort: skip
@@ -47,15 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="also where nothing changed")
     parser.add_argument("--gate", action="store_true", help="then ask the gate about the registered candidate, without effect")
     parser.add_argument("--step-timeout-seconds", type=float, default=STEP_TIMEOUT_SECONDS, metavar="S")
-    try:
-        evaluate(**vars(parser.parse_args(arguments)))
-    except (StepFailed, FastGoalError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("evaluate: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    options = vars(parser.parse_args(arguments))
+    return exit_status("evaluate", lambda: evaluate(**options), "the embeddings that were made are kept")
 
 
 if __name__ == "__main__":

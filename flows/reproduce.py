@@ -15,9 +15,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from running import ROOT, STEP_TIMEOUT_SECONDS, TASKS, StepFailed, configure, pipeline_name, working_tree
+from running import ROOT, STEP_TIMEOUT_SECONDS, TASKS, configure, exit_status, pipeline_name, working_tree
 
-from fast_goal.errors import FastGoalError
 from fast_goal.files import read_json
 from fast_goal.tracking.model_card import metrics_table
 from fast_goal.tracking.server import tracking_uri
@@ -84,15 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = command_line("reproduce", "Run the pipeline as a Prefect flow.")
     options = parser.parse_intermixed_args(arguments)
     check_overrides(parser, options.overrides)
-    try:
-        reproduce(**vars(options))
-    except (StepFailed, FastGoalError) as error:
-        print(f"reproduce: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("reproduce: interrupted; the steps that were done are kept, and the next run continues", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(
+        "reproduce", lambda: reproduce(**vars(options)), "the steps that were done are kept, and the next run continues"
+    )
 
 
 if __name__ == "__main__":

@@ -26,12 +26,11 @@ from running import (
     StepFailed,
     command_task,
     configure,
+    exit_status,
     pipeline_name,
     run_command,
     working_tree,
 )
-
-from fast_goal.errors import FastGoalError
 
 from prefect import flow, get_run_logger  # isort: skip  after `running`, which sets Prefect's switches
 from prefect.artifacts import create_markdown_artifact  # isort: skip
@@ -213,7 +212,8 @@ def main(arguments: list[str] | None = None) -> int:
     check_overrides(parser, options["overrides"])
     if timezone and not cron:
         parser.error("--timezone is that of --cron")
-    try:
+
+    def work() -> int:
         if cron:
             from serving import serve
 
@@ -225,14 +225,10 @@ def main(arguments: list[str] | None = None) -> int:
         if state.name == "Busy":
             print(f"retrain: {state.message}", file=sys.stderr)
             return 1
-        state.result()
-    except (StepFailed, FastGoalError) as error:
-        print(f"retrain: {error}", file=sys.stderr)
+        state.result()  # raises what ended it
         return 1
-    except KeyboardInterrupt:
-        print("retrain: interrupted; the steps that were done are kept, and the next run continues", file=sys.stderr)
-        return 130
-    return 1
+
+    return exit_status("retrain", work, "the steps that were done are kept, and the next run continues")
 
 
 if __name__ == "__main__":

@@ -158,6 +158,21 @@ def configure(experiment: str | None, overrides: Sequence[str] | None) -> None:
         configure([*([f"experiment={experiment}"] if experiment else []), *(overrides or [])], ROOT / "params.yaml")
 
 
+def exit_status(name: str, work: Callable[[], int | None], kept: str) -> int:
+    """Does the work of a flow's command line, and says on stderr why it ended early: 1 after an error, 130 after an interrupt.
+
+    work: its own exit status; None is 0. kept: what an interrupt leaves.
+    """
+    try:
+        return work() or 0
+    except (StepFailed, FastGoalError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; {kept}", file=sys.stderr)
+        return 130
+
+
 def pipeline_name() -> str:
     """What the steps of this flow run are known by, in MLflow and among the processes."""
     return f"prefect-{flow_run.get_id()}"

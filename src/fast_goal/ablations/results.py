@@ -29,6 +29,11 @@ class Measured:
     report: dict[str, Any]
     finetune: dict[str, Any]
 
+    @property
+    def step_seconds(self) -> float:
+        """Of one optimiser step, with its input and the start of the training."""
+        return self.finetune["training_seconds"] / self.finetune["steps"]
+
 
 @dataclass(frozen=True)
 class Cell:

@@ -203,7 +203,7 @@ class Study:
                     )
                     continue
                 training = own.params.finetune
-                epochs = plan.equal_compute_epochs(training.epochs, _step_seconds(other), _step_seconds(own))
+                epochs = plan.equal_compute_epochs(training.epochs, other.step_seconds, own.step_seconds)
                 made += self._plan(arm, seed, [f"finetune.epochs={epochs}"])
         return made
 
@@ -297,10 +297,6 @@ def code_digest(queue: Queue) -> str:
     # with the sources of data, which a variable of dvc.yaml stands for
     paths = sorted({"dvc.yaml", "src/fast_goal/data", *(dep for dep in listed if dep.startswith("src/") and "$" not in dep)})
     return digest(queue.git("rev-parse", *(f"HEAD:./{path}" for path in paths)).split())
-
-
-def _step_seconds(run: Measured) -> float:
-    return run.finetune["training_seconds"] / run.finetune["steps"]
 
 
 def _list(values: Sequence[object]) -> str:

@@ -70,6 +70,10 @@ class Versions:
         """The version with this alias, None where there is no such alias, or no such model."""
         return self._find(lambda: self._client.get_model_version_by_alias(self.name, alias))
 
+    def named(self, uri: re.Match[str]) -> Version | None:
+        """The version that a match of URI names, None where there is no such one."""
+        return self.numbered(int(uri["version"])) if uri["version"] else self.by_alias(uri["alias"])
+
     def numbered(self, number: int) -> Version | None:
         """The version of this number, None where it was never made or was deleted."""
         return self._find(lambda: self._client.get_model_version(self.name, str(number)))
@@ -148,8 +152,7 @@ def fetch(uri: str) -> Path:
     if parts is None:
         raise ModelError(f"{uri!r} names no model: expected models:/NAME@ALIAS, models:/NAME/VERSION or a folder.")
     with registered(parts["name"]) as versions:
-        number = parts["version"]
-        version = versions.numbered(int(number)) if number else versions.by_alias(parts["alias"])
+        version = versions.named(parts)
     if version is None:
         raise ModelError(
             f"{uri} is not in the registry at {tracking_uri()}. `fast-goal register` makes a version, with the alias "

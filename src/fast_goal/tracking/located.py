@@ -43,8 +43,7 @@ def locate(uri: str) -> Located:
         commit = info.get("git_commit") or info.get("commit")
         return Located(folder.name, folder, folder.name, model_digest(folder), git_commit=commit)
     with registered(parts["name"]) as versions:
-        number = parts["version"]
-        version = versions.numbered(int(number)) if number else versions.by_alias(parts["alias"])
+        version = versions.named(parts)
         if version is None:
             raise ModelError(_absent(uri, parts["name"], parts["alias"]))
         client, _ = connect()
