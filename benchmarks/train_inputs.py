@@ -139,7 +139,7 @@ def synthetic(clip: Clip, count: int, device: torch.device) -> Batch:
     first = whole(1, clip.context_length - SENTENCE_TOKENS, (count, 1))
     return Batch(
         images=whole(0, 256, (2 * count, 3, size, size), dtype=torch.uint8),
-        long_tokens=texts(clip.context_length),
+        caption_tokens=texts(clip.context_length),
         sentence_tokens=texts(SENTENCE_TOKENS),
         local_rows=torch.arange(count, device=device),
         boxes=boxes,
@@ -147,6 +147,11 @@ def synthetic(clip: Clip, count: int, device: torch.device) -> Batch:
         regions=boxes,
         local_weights=torch.ones(count, device=device),
         rank_pairs=(count,),
+        negative_tokens=texts(SENTENCE_TOKENS)[:0],
+        negative_rows=torch.arange(0, device=device),
+        negative_slots=torch.arange(0, device=device),
+        negative_count=0,
+        rank_negatives=(0,),
     )
 
 

@@ -117,7 +117,7 @@ def fed_training(run: Run, clip: Any, loaders: dict[str, Loader]) -> dict[str, A
         "samples": first.steps * first.batch_size,
         "batch": first.batch_size,
         "shares": {way: ratio(seconds[THERE], seconds[way]) for way in loaders},
-        "caption_tokens": batch.long_tokens.shape[1],
+        "caption_tokens": batch.caption_tokens.shape[1],
         "sentence_tokens": batch.sentence_tokens.shape[1],
     }
 

@@ -88,7 +88,7 @@ class SlowStep:
         batch = samples.batch
         # their data loader normalises and pads
         self._images = normalised(batch.images, clip.mean, clip.std)  # [2B, 3, S, S]
-        self._long = _padded(samples.captions, clip, formulation.long_length, batch.long_tokens)
+        self._long = _padded(samples.captions, clip, formulation.long_length, batch.caption_tokens)
         self._short = _padded(samples.sentences, clip, formulation.sentence_length, batch.sentence_tokens)
 
     def __call__(self) -> dict[str, Tensor]:

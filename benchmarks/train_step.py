@@ -173,7 +173,7 @@ def reference(run: Run) -> dict[str, Any]:
         rows[name] = {
             "batch": count,
             "image_size": clip.image_size,
-            "caption_tokens": tokens(given.batch.long_tokens),
+            "caption_tokens": tokens(given.batch.caption_tokens),
             "sentence_tokens": tokens(given.batch.sentence_tokens),
             "seconds": seconds,
             "ratio": ratio(seconds["published"], seconds["TrainStep"]),
@@ -277,7 +277,7 @@ def accumulation(run: Run) -> dict[str, Any]:
         "epoch_ratio": ratio(of_epochs["any lengths"], of_epochs["similar lengths"]),
         "epoch_steps": len(epochs["any lengths"]),
         "epoch_lengths": {
-            key: statistics.mean(part.long_tokens.shape[1] for (part,) in epoch) for key, epoch in epochs.items()
+            key: statistics.mean(part.caption_tokens.shape[1] for (part,) in epoch) for key, epoch in epochs.items()
         },
         "caption_tokens": statistics.mean(every.lengths),
     }

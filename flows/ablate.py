@@ -38,7 +38,7 @@ def ablate(
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="flows/ablate.py", description="Run an ablation of the paper as a Prefect flow.")
-    parser.add_argument("table", help="V, VI, VII, VIII, XIV, XV, XVI or XVII")
+    parser.add_argument("table", help="V, VI, VII, VIII, XIV, XV, XVI, XVII or degla")
     parser.add_argument("words", nargs="*", metavar="key=value", help="as for `fast-goal ablate`")
     parser.add_argument("--jobs", "-j", type=int, default=1, help="experiments at a time")
     options = vars(parser.parse_intermixed_args(arguments))

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -112,7 +113,7 @@ def make(queue, *words, said=None):
     return study.Study(study.parse(words), queue, say=(said if said is not None else []).append, poll=0)
 
 
-@pytest.mark.parametrize("name", ["V", "VI", "VII", "VIII", "XIV", "XV", "XVI", "XVII"])
+@pytest.mark.parametrize("name", ["V", "VI", "VII", "VIII", "XIV", "XV", "XVI", "XVII", "degla"])
 def test_every_arm_of_every_table_composes_and_is_reached_by_settings(name, tmp_path):
     table, start = tables.load(name), compose()
     for arm in table.arms:
@@ -125,8 +126,11 @@ def test_every_arm_of_every_table_composes_and_is_reached_by_settings(name, tmp_
         assert plan.canonical(back) == plan.canonical(start)
 
 
-def test_the_tables_are_those_of_the_paper():
-    assert tables.names() == ["V", "VI", "VII", "VIII", "XIV", "XV", "XVI", "XVII"]
+def test_the_tables_are_those_of_the_paper_and_then_our_own():
+    assert tables.names() == ["V", "VI", "VII", "VIII", "XIV", "XV", "XVI", "XVII", "degla"]
+    for name in tables.names():
+        labels = [column.label for column in tables.load(name).columns]
+        assert all(re.fullmatch(r"[\w .@-]+", label) for label in labels), "they become names of metrics in MLflow"
     with pytest.raises(ConfigError, match=r"table = 'IX': expected one of V, VI"):
         tables.load("IX")
 
@@ -157,8 +161,8 @@ def test_values_survive_the_grammar_of_overrides(value):
 
 
 def test_settings_add_change_and_remove():
-    before = {"a": {"b": 1, "c": [1]}, "gone": 2, "kind": {"x": 1}, "rate": "5e-06"}
-    after = {"a": {"b": 1, "c": [2, 3], "new": {"d": "e f"}}, "kind": 3, "rate": 5e-06}
+    before = {"a": {"b": 1, "c": [1]}, "gone": 2, "kind": {"x": 1}, "rate": "5e-06", "nothing": None, "unset": None}
+    after = {"a": {"b": 1, "c": [2, 3], "new": {"d": "e f"}}, "kind": 3, "rate": 5e-06, "unset": {"x": None}}
     changes = list(plan.settings(after, before))
     assert changes[:2] == ["a.c=[2, 3]", "+a.new={d: 'e f'}"] and "~gone" in changes
     assert not any(change.startswith(("rate", "a.b")) for change in changes)
@@ -371,7 +375,33 @@ def test_the_paper_stands_beside_what_compares():
         assert expected in text
 
 
-def test_the_runs_stand_below_one(tmp_path, monkeypatch):
+def test_hard_negatives_beside_their_parts(tmp_path):
+    """Our own table: composition and zero-shot of each arm; numbers of the paper stand there too."""
+    table = tables.load("degla")
+    arms = ["global", "degla", "fast_goal_degla"]
+    assert set(arms) < set(table.arms)
+    groups = ("swap_colours", "swap_positions", "replace_shape", "add_object", "count")
+    runs = []
+    for place, arm in enumerate(arms):
+        run = plan.make_run(arm, 0, plan.overrides_of(table, arm, "demo"), "code", tmp_path)
+        assert (run.values["negatives"]["generator"] == "rules") == (arm != "global")
+        right = {
+            model: {"macro": share, "groups": {group: {"accuracy": share + 1} for group in groups}}
+            for model, share in (("base", 50.0), ("finetuned", 60.0 + place))
+        }
+        shapes = {model: {"accuracy": values["macro"] + 20} for model, values in right.items()}
+        task = {"composition": {"scenes_sentences": right, "scenes_captions": right}, "zero_shot": {"scenes_shapes": shapes}}
+        runs.append(results.Measured(arm, 0, check(run.values), {"scenes": task}, {"training_seconds": 7.0}))
+    result = results.gather(table, runs, arms, [], [])
+    row = {label: cell.mean for label, cell in result.datasets["scenes"]["DeGLA"].items() if cell.values}
+    expected = {"sentences right": 61.0, "long captions right": 61.0, "zero-shot shapes": 81.0, "training seconds": 7.0}
+    assert row == expected | {group.replace("_", " "): 62.0 for group in groups}
+    text = results.markdown(result)
+    assert "| FAST-GOAL and DeGLA | +12.0 |" in text and "Minus the row *base*" in text
+    assert "no number in the paper" not in text, "there is none of scenes, and none is looked for in a table of this name"
+
+
+def test_the_runs_stand_below_one(tmp_path, monkeypatch, empty_store):
     """Pipelines started with the group's environment are its children; those that ran elsewhere are told."""
     from mlflow.tracking.client import MlflowClient
 
@@ -379,6 +409,7 @@ def test_the_runs_stand_below_one(tmp_path, monkeypatch):
     from fast_goal.tracking.groups import Group
 
     monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     group = Group.open("ablation VI", {"table": "VI"})

@@ -35,6 +35,7 @@ def test_every_option_of_every_group_composes(group: str):
     needed = {
         "intermediate=before": ["intermediate.dataset=scenes"],
         "objective=hard_negatives": ["finetune.pairs=all", "flism.top_k=3"],
+        **{f"objective={name}": ["negatives=rules"] for name in ("degla", "negclip", "fast_goal_degla")},
     }
     for option in groups()[group]:
         choice = f"{group}={option}"
@@ -128,6 +129,10 @@ def test_regions_of_a_detector_that_is_not_there_are_refused(demo: dict):
             ["intermediate=before", "intermediate.dataset=scenes", "objective@intermediate.objective=hard_negatives"],
             "intermediate.objective.in_image_negatives = 0.5 needs several pairs of an image, but intermediate.training.pairs",
         ),
+        (
+            ["objective=fast_goal_degla", "negatives=rules", "objective.parts.fast_goal.objective.in_image_negatives=0.5"],
+            "objective.parts.fast_goal.objective.in_image_negatives = 0.5 needs several pairs of an image, but finetune.pairs",
+        ),
     ],
 )  # fmt: skip
 def test_in_image_negatives_need_several_pairs(overrides: list[str], message: str):
@@ -138,6 +143,18 @@ def test_in_image_negatives_need_several_pairs(overrides: list[str], message: st
 
 def test_the_objective_of_a_first_stage_that_is_not_there_is_not_looked_at_closely():
     check(compose(["objective@intermediate.objective=hard_negatives"]))
+
+
+def test_a_part_without_weight_is_not_looked_at_closely():
+    part = "objective.parts.fast_goal"
+    overrides = ["objective=fast_goal_degla", "negatives=rules", f"{part}.objective.in_image_negatives=0.5", f"{part}.weight=0"]
+    check(compose(overrides))
+
+
+@pytest.mark.parametrize("parts", [None, 3, {"a": None}, {"a": {"weight": 1.0, "objective": 3}}])
+def test_parts_that_are_none_are_said_by_the_objective(demo: dict, parts: object):
+    with pytest.raises(ConfigError, match=r"objective\.parts"):
+        check(changed(demo, "objective", {"name": "weighted", "parts": parts}))
 
 
 def test_a_first_stage_needs_its_data_set():

@@ -17,6 +17,7 @@ from PIL import Image
 
 from fast_goal.config import Params, build
 from fast_goal.configure import compose
+from fast_goal.data import expectations
 from fast_goal.data.captions import split_sentences, token_span, tokenize
 from fast_goal.data.records import PAIRS, REGIONS, SKIPPED, load_dataset, read_table, write_dataset, write_table
 from fast_goal.environment import prepare
@@ -203,7 +204,7 @@ def test_flism_counts_sentences_that_are_too_long(context):
 def test_validation_names_the_context_and_the_share_beyond_it(context):
     found = {}
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(validate, "_stop_on_failure", lambda outcomes: found.update(outcomes=outcomes))
+        patched.setattr(expectations, "stop_on_failure", lambda outcomes, *_: found.update(outcomes=outcomes))
         validate.main(settings(context), NullTracker())
     share = np.mean([length(text) > context for text in captions()])
     (outcome,) = [each for each in found["outcomes"] if f"than the {context} tokens" in each.rule.title]

@@ -33,7 +33,7 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def project(tmp_path_factory):
+def project(tmp_path_factory, empty_store):
     """Data, a base model, and a registry with three versions that know 16, 8 and 12 of 18 captions."""
     folder = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch:
@@ -44,6 +44,7 @@ def project(tmp_path_factory):
         patch.setenv("FAST_GOAL_SYSTEM_METRICS", "0")
         patch.setenv("GIT_CEILING_DIRECTORIES", str(folder.parent))
         patch.setattr(latency, "SECONDS", 0.05)
+        shutil.copy(empty_store, "mlflow.db")
         configure()
         write_scenes("scenes", 18)
         tiny_clip(0).save(gate.BASE, {"step": "base"})

@@ -17,7 +17,7 @@ ORDER = [
     {"data"},
     {"model"},
     {"objectives"},
-    {"training", "flism", "evaluation"},
+    {"training", "flism", "evaluation", "negatives"},
     {"monitoring", "promotion"},
     {"tracking"},
     {"stages"},
@@ -29,17 +29,19 @@ ORDER = [
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 USERS = {  # library -> the only places that may import it
-    "open_clip": {"model/clip.py", "data/captions.py", "model/export.py"},  # captions: the tokenizer; export: its byte pairs
+    # captions: the tokenizer; prompts: templates and names of classes; export: its byte pairs
+    "open_clip": {"model/clip.py", "data/captions.py", "data/prompts.py", "model/export.py"},
     "ultralytics": {"flism/detectors/ultralytics.py"},
-    "transformers": {"flism/detectors/yolos.py", "data/captioning", "model/export.py"},
+    "transformers": {"flism/detectors/yolos.py", "data/captioning", "data/generation", "model/export.py"},
     "onnx": {"model/export.py"},
     "onnxruntime": {"model/export.py"},
     "ray": {"flism/cluster.py"},
     "webdataset": {"data/publication.py", "data/sources/webdataset.py"},
-    "httpx": {"data/origins.py", "data/captioning"},
+    "httpx": {"data/origins.py", "data/generation"},
     "fsspec": {"data/origins.py"},
     "huggingface_hub": {"data/hub.py", "flism/detectors/yolos.py"},
     "py3langid": {"data/caption_checks.py"},
+    "HanTa": {"data/speech.py"},
     "mlflow": {"tracking"},
     "starlette": {"tracking/serving.py"},
     "uvicorn": {"tracking/serving.py"},

@@ -23,6 +23,7 @@ STEPS = {
     "flism": "Find for every image the region and the sentence that fit best.",
     "validate": "Check records, regions and pairs with Great Expectations; write the data card.",
     "publish": "Write the training data set with its local pairs in a layout that others can read.",
+    "negatives": "Make hard negative captions for the training data, where they are asked for.",
     "intermediate": "A first stage of fine-tuning, on another data set or with another objective, where one is asked for.",
     "finetune": "Fine-tune CLIP with the objective of params.yaml.",
     "evaluate": "Measure the base and the fine-tuned model; write the report.",
@@ -157,9 +158,10 @@ def configure_command(
 
 @app.command(
     "ablate",
-    help="Run an ablation of the paper through DVC's experiment queue and write its table.\n\n"
-    "Examples: `fast-goal ablate table=VI` (V, VI, VII, VIII, XIV, XV, XVI, XVII), `fast-goal ablate table=VI seeds=[0] "
-    "arms=[global,fast_goal] experiment=demo finetune.epochs=2`. Called again, it goes on with what is missing.",
+    help="Run an ablation of the paper, or one of our own, through DVC's experiment queue and write its table.\n\n"
+    "Examples: `fast-goal ablate table=VI` (V, VI, VII, VIII, XIV, XV, XVI, XVII; degla: hard negative captions), "
+    "`fast-goal ablate table=VI seeds=[0] arms=[global,fast_goal] experiment=demo finetune.epochs=2`. Called again, it goes on "
+    "with what is missing.",
     rich_help_panel="Models",
 )
 def ablate_command(

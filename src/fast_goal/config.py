@@ -27,6 +27,8 @@ PARAMS_FILE = Path("params.yaml")
 SCRATCH_POSITIONS = 77  # text positions of a CLIP trained from scratch, before they are stretched
 T = TypeVar("T")
 Split = Literal["pretrain", "train", "val", "test"]
+NegativeType = Literal["reshuffle", "swap_nouns", "swap_adjectives", "replace_adjectives", "replace_nouns"]
+NEGATIVE_TYPES: tuple[str, ...] = typing.get_args(NegativeType)
 
 
 def number(low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
@@ -171,10 +173,70 @@ class PublishConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LocalModelConfig:
+    """A language model that runs here, through transformers."""
+
+    revision: str | None  # branch, tag or commit; null: the repository's main branch
+    precision: Literal["auto", "fp32", "bf16"]  # auto: bf16 on a GPU that has it, fp16 on another GPU, else fp32
+    batch_size: int = number(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelServerConfig:
+    """A language model behind OpenAI's chat interface. A key is read from the environment, never from here."""
+
+    url: str  # what stands before /chat/completions
+    concurrency: int = number(1, 256)  # requests under way at once
+    timeout: float = number(above=0)  # seconds for one answer
+    retry_wait: float = number(0)  # seconds before the second attempt; doubled for each further one
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelConfig:
+    """For the generator `llm`; of the two sections below only that of `kind` is used.
+
+    model: name on the Hub, a local folder, or the server's word for it.
+    """
+
+    kind: Literal["transformers", "server"]
+    model: str
+    transformers: LocalModelConfig
+    server: ModelServerConfig
+    max_new_tokens: int = number(1)
+    temperature: float = number(0)  # 0: always the likeliest token
+    attempts: int = number(1)  # at an answer that can be used
+
+
+@dataclasses.dataclass(frozen=True)
+class NegativesConfig:
+    """Hard negative captions of the training split; see negatives/.
+
+    generator: `none` (there are none), `rules` (parts of speech, works offline), `llm`. captions: of which texts.
+    max_similarity: the cosine of the base's text embeddings from which a negative is taken for a paraphrase, and left out.
+    """
+
+    generator: Literal["none", "rules", "llm"]
+    captions: Literal["long", "short"]
+    types: list[NegativeType]
+    max_similarity: float | None
+    llm: LanguageModelConfig
+    per_caption: int = number(1)
+    min_share: float = number(0, 1)  # of the captions that have to have one
+    seed: int = number(0)
+
+    def __post_init__(self) -> None:
+        if not self.types:
+            raise ConfigError(f"types = []: expected some of {', '.join(NEGATIVE_TYPES)}")
+        if self.max_similarity is not None and not 0 < self.max_similarity <= 1:
+            raise ConfigError(f"max_similarity = {self.max_similarity}: expected null or a number above 0 and at most 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
     """The training loop; the loss is the section `objective`."""
 
     view: Literal["crop", "squash", "pad"]
+    captions: Literal["long", "short"]  # what describes a whole image; short: each short caption is a sample of its own
     pairs: Literal["best", "all"]
     precision: Literal["auto", "fp32", "bf16"]
     gradient_clip: float | None
@@ -257,6 +319,8 @@ class EvaluateConfig:
             "shuffled",
             "dropped",
             "joint",
+            "composition",
+            "zero_shot",
         ]
     ]
     precision: Literal["fp32", "bf16"]
@@ -319,6 +383,7 @@ class Params:
     flism: FlismConfig
     validate: ValidateConfig
     publish: PublishConfig
+    negatives: NegativesConfig
     intermediate: IntermediateConfig
     objective: dict[str, Any]
     finetune: FinetuneConfig
@@ -370,10 +435,25 @@ def check_together(params: Params) -> None:
         )
 
 
+def parts_of(objective: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The objectives that an objective is the sum of (`weighted`), those of weight 0 left out, as params.yaml describes them.
+
+    Whether it is described rightly is not looked at: what is no mapping has no parts.
+    """
+    parts = objective.get("parts")
+    return {
+        str(name): part["objective"]
+        for name, part in (parts.items() if isinstance(parts, Mapping) else ())
+        if isinstance(part, Mapping) and part.get("weight") and isinstance(part.get("objective"), Mapping)
+    }
+
+
 def _check_in_image_negatives(
     name: str, objective: Mapping[str, Any], section: str, training: FinetuneConfig, top_k: int
 ) -> None:
     """Raises ConfigError where no image has two pairs that could be negatives of each other."""
+    for part, described in parts_of(objective).items():
+        _check_in_image_negatives(f"{name}.parts.{part}.objective", described, section, training, top_k)
     if objective.get("in_image_negatives") is None:
         return
     wrong = [f"{section}.pairs = 'best'"] if training.pairs == "best" else []

@@ -51,15 +51,14 @@ def configure(overrides: Sequence[str] = (), path: Path | str = PARAMS_FILE) -> 
 def check(values: dict[str, Any]) -> Params:
     """The typed parameters, with the parts that sources and objectives declare themselves checked too."""
     from fast_goal.data.sources import source_config, source_facts
-    from fast_goal.objectives import objective_config
+    from fast_goal.objectives import check_objectives
 
     params = build(Params, values, str(PARAMS_FILE))
     check_together(params)
     for name, values_of_source in params.download.datasets.items():
         source_config(values_of_source, f"download.datasets.{name}")
         source_facts(values_of_source, f"download.datasets.{name}")
-    objective_config(params.objective, "objective")
-    objective_config(params.intermediate.objective, "intermediate.objective")
+    check_objectives(params)
     return params
 
 

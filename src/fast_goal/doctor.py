@@ -242,13 +242,13 @@ def _dvc() -> list[Check]:
 
 def _params() -> list[Check]:
     from fast_goal.data.sources import source_config
-    from fast_goal.objectives import objective_config
+    from fast_goal.objectives import check_objectives
 
     try:
         params = load_params()
         for name, values in params.download.datasets.items():
             source_config(values, f"download.datasets.{name}")
-        objective_config(params.objective, "objective")
+        check_objectives(params)
     except FastGoalError as error:
         fix = "correct the key, or write the file anew with `fast-goal configure`"
         return [Check(str(PARAMS_FILE), "fail", str(error), fix)]

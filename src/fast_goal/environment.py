@@ -36,7 +36,7 @@ TELEMETRY_SWITCHES = {
 WORK = Path(".fast_goal")  # caches, and what a killed run left
 WORK_VARIABLE = "FAST_GOAL_WORK"  # the folder of that kind to share, for a copy of the project
 WORK_SHARED_VARIABLE = "FAST_GOAL_WORK_SHARED"  # `caches`: without what a killed run left, for copies side by side
-SHARED = ("captions", "downloads", "embeddings", "features", "flism", "pixels", "shards")  # addressed by content
+SHARED = ("captions", "downloads", "embeddings", "features", "flism", "negatives", "pixels", "shards")  # addressed by content
 SHARED_ALONE = ("state",)  # by one process at a time
 ULTRALYTICS_FOLDER = Path(".fast_goal/ultralytics")  # its settings file, which would else go to the home folder
 

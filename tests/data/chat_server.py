@@ -1,4 +1,4 @@
-"""A server with OpenAI's chat interface for tests: it looks at the image it gets, and plays the faults it is told to."""
+"""A server with OpenAI's chat interface for tests: it looks at the image or text it gets, and plays given faults."""
 
 import base64
 import io
@@ -19,15 +19,16 @@ def chat(text: object, finish: str = "stop", **message: object) -> tuple[int, di
 
 
 class ChatServer(ThreadingHTTPServer):
-    """`faults`: answers given before the regular ones, in order; a number is a pause in seconds."""
+    """`faults`: answers given before the regular ones, in order; a number is a pause in seconds. A body that is a list is sent
+    piece by piece, 0.05 s apart."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-        self.faults: list[tuple[int, dict, bytes] | float] = []
-        self.requests: list[dict] = []  # body, headers, path, size and colour of the image, time
+        self.faults: list[tuple[int, dict, bytes | list[bytes]] | float] = []
+        self.requests: list[dict] = []  # body, headers, path, size and colour of the image or the text, time
         self.delay = 0.0
         self.busy = self.most_busy = 0
         self.lock = threading.Lock()
@@ -53,19 +54,19 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.busy -= 1
         try:
             self.send_response(status)
-            for name, value in {"Content-Length": str(len(answer)), **headers}.items():
+            pieces = answer if isinstance(answer, list) else [answer]
+            for name, value in {"Content-Length": str(sum(map(len, pieces))), **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(answer)
+            for place, piece in enumerate(pieces):
+                time.sleep(0.05 if place else 0)
+                self.wfile.write(piece)
         except OSError:  # the client did not wait
             self.close_connection = True
 
     def _answer(self, body: dict) -> tuple[int, dict, bytes]:
-        url = body["messages"][0]["content"][0]["image_url"]["url"]
-        kind, _, data = url.partition(",")
-        with Image.open(io.BytesIO(base64.b64decode(data))) as image:
-            colour = tuple(round(value / 5) * 5 for value in image.convert("RGB").resize((1, 1)).getpixel((0, 0)))
-            request = {"size": image.size, "colour": colour, "format": image.format, "kind": kind}
+        content = body["messages"][0]["content"]
+        request = {"text": content} if isinstance(content, str) else _seen(content[0]["image_url"]["url"])
         request |= {"body": body, "headers": dict(self.headers), "path": self.path, "time": time.monotonic()}
         with self.server.lock:
             self.server.requests.append(request)
@@ -78,6 +79,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments: object) -> None:
         pass
+
+
+def _seen(url: str) -> dict:
+    kind, _, data = url.partition(",")
+    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+        colour = tuple(round(value / 5) * 5 for value in image.convert("RGB").resize((1, 1)).getpixel((0, 0)))
+        return {"size": image.size, "colour": colour, "format": image.format, "kind": kind}
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import pytest
 
 from fast_goal.data.captioning import Answer, Failure
 from fast_goal.data.captioning.editing import CHARACTERS, CUT, PARAGRAPH, Caption, clean, refuses
-from fast_goal.data.captioning.store import AnswerStore
+from fast_goal.data.generation.store import AnswerStore
 from fast_goal.errors import DataError
 
 

@@ -15,7 +15,8 @@ from PIL import Image
 from fast_goal.config import build
 from fast_goal.configure import CONF
 from fast_goal.data.captioning import Answer, CaptionerConfig, Failure, load_captioner
-from fast_goal.data.captioning.server import KEY_VARIABLE, LONGEST_WAIT, _retry_after
+from fast_goal.data.captioning.server import KEY_VARIABLE
+from fast_goal.data.generation.server import LONGEST_WAIT, _retry_after
 from fast_goal.errors import ConfigError, ModelError
 
 WHERE = "download.datasets.glit"
@@ -93,6 +94,19 @@ def test_a_slow_answer_is_asked_again(server):
     server.faults = [1.0]
     result, notes = ask(server.url, timeout=0.3)
     assert result == USUAL and notes == ["asked again: timeout, 1 times"]
+
+
+def test_an_answer_that_trickles_is_not_waited_for(server):
+    server.faults = [(200, {}, [b" "] * 80)]
+    begin = time.monotonic()
+    assert ask(server.url, timeout=0.6) == (USUAL, ["asked again: timeout, 1 times"])
+    assert time.monotonic() - begin < 3, "4 s, if every byte began the time anew"
+
+
+def test_an_answer_without_end_is_not_read(server, monkeypatch):
+    monkeypatch.setattr("fast_goal.data.generation.server.LARGEST", 1 << 16)
+    server.faults = [(200, {}, b" " * (1 << 18))]
+    assert ask(server.url) == (USUAL, ["asked again: unreadable answer, 1 times"])
 
 
 def test_retry_after_is_waited_for(server):

@@ -19,9 +19,10 @@ from chat_server import chat
 from PIL import Image
 
 from fast_goal.configure import CONF, check, compose
+from fast_goal.data import generation
 from fast_goal.data.captioning import Answer, asking
-from fast_goal.data.captioning.store import AnswerStore
 from fast_goal.data.captions import split_sentences
+from fast_goal.data.generation.store import AnswerStore
 from fast_goal.data.records import RECORDS, SKIPPED, load_dataset, load_skipped, write_table
 from fast_goal.data.sources import source_config
 from fast_goal.errors import DataError, ModelError
@@ -254,7 +255,7 @@ def test_a_failed_image_is_skipped_and_asked_again_next_time(project, server):
 
 
 def test_a_model_that_always_fails_stops_the_run(project, server, monkeypatch):
-    monkeypatch.setattr(asking, "FAILURES_IN_A_ROW", 5)
+    monkeypatch.setattr(generation.asking, "FAILURES_IN_A_ROW", 5)
     for index in range(40):
         photo(f"{index:02d}.png", index, size=(20 + index, 20))
     server.answer = lambda request: chat("A wall.") if request["size"][0] < 23 else (400, {}, b"no vision")

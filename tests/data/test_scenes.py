@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from PIL import Image
 from fast_goal.data.captions import split_sentences, tokenize
 from fast_goal.data.records import load_dataset, write_dataset
 from fast_goal.data.sources import source_config
+from fast_goal.data.sources.scenes import choices, labels, language, vocabulary
 from fast_goal.data.sources.scenes import source as scenes_source
-from fast_goal.data.sources.scenes.drawing import draw
+from fast_goal.data.sources.scenes.drawing import Drawing, draw
 from fast_goal.data.sources.scenes.language import Plan, cell, holds, relation
 from fast_goal.data.sources.scenes.layout import MIN_VISIBLE
 from fast_goal.data.sources.scenes.samples import make_samples
@@ -31,6 +33,7 @@ NOUN = (
     rf"(?P<shape>{SHAPE})(?: (?P<ending>{'|'.join(ENDINGS)}))?"
 )
 OTHER = rf"(?P<relation>to the left of|to the right of|above|below) the (?P<look>(?:{PATTERN}) (?:{COLOUR}) (?:{SHAPE}))"
+GROUPS = ("swap_colours", "swap_positions", "replace_shape", "add_object", "count")
 COLUMNS = {"left": 0, "middle": 1, "right": 2}
 ROWS = {"top": 0, "middle": 1, "bottom": 2}
 
@@ -264,6 +267,163 @@ def test_twins_differ_in_one_attribute_and_in_nothing_else(samples):
     assert changed == {"label", "colour", "pattern"}
 
 
+ANY_NOUN = re.sub(r"\(\?P<\w+>", "(?:", NOUN)
+TWO = re.compile(f"({ANY_NOUN}) and ({ANY_NOUN})", re.IGNORECASE)
+
+
+def is_true(text: str, sample) -> bool:
+    """Whether every sentence of a caption is true; one that names two objects is read as one about each of them."""
+    for sentence in (sentence.text for sentence in split_sentences(text)):
+        about = {TWO.sub(rf"\{number}", sentence) for number in (1, 2)} if " and " in sentence else {sentence}
+        try:
+            if "objects" in sentence:
+                (number,) = re.findall("four|five|six", sentence.lower())
+                assert {"four": 4, "five": 5, "six": 6}[number] == len(sample.objects)
+                assert f"{sample.scene.texture} {sample.scene.background} background" in sentence
+            else:
+                assert all(check_sentence(one[0].upper() + one[1:], sample.objects) for one in about)
+        except (AssertionError, KeyError):
+            return False
+    return True
+
+
+def asked(samples: dict) -> list:
+    return flat(samples["val"]) + flat(samples["test"])
+
+
+def test_choices_have_one_true_and_one_false_caption(samples):
+    for sample in asked(samples):
+        for row in sample.choices:
+            (foil,) = row["foils"]
+            if row["suite"] == "scenes_captions":  # other tests say that it is true
+                assert row["caption"] == sample.record["long_caption"]
+            else:
+                assert is_true(row["caption"], sample), row
+            assert not is_true(foil, sample), row
+            assert len(split_sentences(foil)) == len(split_sentences(row["caption"]))
+            assert all((a == "an") == (noun[0] in "aeiou") for a, noun in re.findall(r"\b([Aa]n?) (\w+)", foil.lower()))
+            assert (row["x1"], row["y1"], row["x2"], row["y2"]) == (0, 0, SIZE, SIZE)
+            assert row["image_id"] == sample.record["image_id"]
+
+
+def test_foils_change_what_their_group_says(samples):
+    """By the words: which colours, shapes, numbers and words for places each of the two captions has."""
+    kinds = {
+        "colours": COLOUR,
+        "shapes": SHAPE,
+        "numbers": "four|five|six",
+        "places": "top|bottom|left|right|middle|above|below",
+    }
+    order = {name: re.compile(rf"\b(?:{pattern})\b") for name, pattern in kinds.items()}
+    for sample in asked(samples):
+        for row in sample.choices:
+            true, false = (
+                {name: words.findall(text.lower()) for name, words in order.items()}
+                for text in (row["caption"], row["foils"][0])
+            )
+            changed = {name for name in order if true[name] != false[name]}
+            expected = {
+                "swap_colours": [{"colours"}],
+                "swap_positions": [{"places"}, {"shapes"}, {"colours"}, {"colours", "shapes"}, set()],
+                "replace_shape": [{"shapes"}],
+                "add_object": [{"colours", "shapes"}],
+                "count": [{"numbers"}],
+            }[row["group"]]
+            assert changed in expected, row
+            if row["group"] == "swap_positions" and "places" not in changed:
+                assert sorted(true["colours"]) == sorted(false["colours"]) and row["suite"] == "scenes_sentences"
+            if row["group"] == "swap_colours" and row["suite"] == "scenes_sentences":
+                assert true["colours"] == false["colours"][::-1] and len(true["colours"]) == 2
+            if row["group"] == "add_object":
+                assert len(false["shapes"]) == len(true["shapes"]) + 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_colours_are_not_exchanged_where_what_is_said_would_still_be_true(seed):
+    """The plain red star with the blue cup's colour would be the plain blue star, which is there too."""
+    looks = [("star", "red"), ("cup", "blue"), ("star", "blue"), ("cup", "red")]
+    places = [(0.2, 0.2), (0.5, 0.2), (0.2, 0.5), (0.5, 0.5)]
+    things = [
+        Thing(shape, colour, "plain", "small", x, y, 0.2, 0, 0, (0, 0, 0))
+        for (shape, colour), (x, y) in zip(looks, places, strict=True)
+    ]
+    boxes = np.array([[x - 0.1, y - 0.1, x + 0.1, y + 0.1] for x, y in places])
+    plans = [Plan(number, "The picture shows {thing}.", False, False) for number in range(4)]
+
+    def made(things: list[Thing]) -> list:
+        scene = Scene("gray", "plain", (0, 0, 0), (0, 0), 1.0, tuple(things))
+        found = choices.make_choices(np.random.default_rng(seed), scene, boxes, plans, vocabulary.PLAIN, language.PLAIN)
+        return [choice for choice in found if choice.group == "swap_colours"]
+
+    assert made(things) == []
+    one, two = made([*things[:3], replace(things[3], pattern="dotted")])  # it can exchange with the two blue ones
+    assert all(re.search("dotted blue cup|blue cup with dots", choice.foil) for choice in (one, two))
+
+
+def test_every_image_of_val_and_test_has_choices_of_every_group_and_no_other_has(samples):
+    images = asked(samples)
+    assert all(any("-twin" in sample.record["image_id"] for sample in pair) for pair in samples["test"])
+    counts = Counter((row["suite"], row["group"]) for sample in images for row in sample.choices)
+    assert set(counts) == {(suite, group) for suite in ("scenes_sentences", "scenes_captions") for group in GROUPS}
+    assert all(counts["scenes_sentences", group] == len(images) for group in GROUPS)
+    assert all(counts["scenes_captions", group] > 0.8 * len(images) for group in GROUPS)
+    assert max(Counter((row["suite"], row["group"]) for row in sample.choices).most_common(1)[0][1] for sample in images) == 1
+    assert not any(sample.choices or sample.labels for sample in flat(samples["train"]) + flat(samples["pretrain"]))
+    first, twin = samples["test"][0]
+    again = make_samples(3, "test", 0, SIZE)
+    assert [sample.choices for sample in again] == [first.choices, twin.choices]
+    assert [row["foils"] for row in first.choices] != [row["foils"] for row in twin.choices]
+
+
+def test_labels_are_those_of_objects_that_lie_free(samples):
+    images, classes = asked(samples), labels.classes(vocabulary.PLAIN)
+    assert sum(len(sample.labels) for sample in images) > 3 * len(images)  # two suites, nearly two objects
+    for sample in images:
+        drawing = draw(sample.scene, SIZE)
+        boxes = [tuple(box(row)) for row in sample.objects]
+        by_suite = {suite: [row for row in sample.labels if row["suite"] == suite] for suite in classes}
+        assert sum(map(len, by_suite.values())) == len(sample.labels)
+        assert [tuple(box(row)) for row in by_suite["scenes_shapes"]] == [tuple(box(row)) for row in by_suite["scenes_colours"]]
+        for suite, column in (("scenes_shapes", "label"), ("scenes_colours", "colour")):
+            assert len(by_suite[suite]) <= labels.PER_IMAGE
+            for row in by_suite[suite]:
+                thing = boxes.index(tuple(box(row)))
+                assert row["label"] == sample.objects[thing][column] and row["label"] in classes[suite]["names"]
+                assert drawing.visible[thing] > 0.98
+                mine = np.zeros((SIZE, SIZE), dtype=bool)
+                x1, y1, x2, y2 = map(int, box(row))
+                mine[y1:y2, x1:x2] = True
+                for other in boxes[:thing] + boxes[thing + 1 :]:
+                    x1, y1, x2, y2 = map(int, other)
+                    assert mine[y1:y2, x1:x2].sum() <= 0.1 * mine.sum()
+
+
+def test_overlapped_and_tiny_objects_are_not_labelled():
+    def thing(colour: str) -> Thing:
+        return Thing("circle", colour, "plain", "small", 0.5, 0.5, 0.2, 0, 0, (0, 0, 0))
+
+    scene = Scene("gray", "plain", (0, 0, 0), (0, 0), 1.0, tuple(map(thing, ("red", "blue", "green", "pink"))))
+    boxes = np.array([[0, 0, 20, 20], [10, 10, 30, 30], [40, 40, 60, 60], [70, 70, 90, 77]])
+    picture = Image.new("RGB", (100, 100))
+
+    def labelled(visible: list[float]) -> list[tuple[int, str]]:
+        found = labels.make_labels(np.random.default_rng(0), scene, Drawing(picture, boxes, np.array(visible)))
+        return [(label.thing, label.label) for label in found if label.suite == labels.COLOURS]
+
+    assert labelled([0.8, 1, 1, 1]) == [(2, "green")]
+    assert labelled([0.8, 1, 0.9, 1]) == []
+
+
+def test_class_captions_are_good_english_in_the_words_of_the_captions():
+    words = set(re.findall(r"\w+", " ".join([*language.UNPLACED, *SIZES, "a object"]).lower()))
+    for suite, names in (("scenes_shapes", SHAPES), ("scenes_colours", tuple(COLOURS))):
+        classes = labels.classes(vocabulary.PLAIN)[suite]
+        assert tuple(classes["names"]) == names and len(set(classes["templates"])) == 6
+        for template in classes["templates"]:
+            assert template.count("{}") == 1 and not re.search(r"\ban? \{", template)
+            assert set(re.findall(r"\w+", template.lower())) <= words
+
+
 def test_position_and_relation_are_not_told_where_they_are_doubtful():
     def at(x: float, y: float) -> np.ndarray:
         return np.array([x - 0.1, y - 0.1, x + 0.1, y + 0.1])
@@ -292,7 +452,7 @@ def test_same_seed_same_bytes_on_any_number_of_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(scenes_source, "WORTH_PROCESSES", 1)
     config = ScenesConfig(seed=1, image_size=48, pretrain=60, train=20, val=10, test=20)
     one, two = (draw_all(config, "scenes", tmp_path / str(processes), processes) for processes in (1, 2))
-    assert (one.rows, one.truth, one.objects, one.skipped) == (two.rows, two.truth, two.objects, two.skipped)
+    assert vars(one) | {"root": None} == vars(two) | {"root": None} and one.choices and one.labels
     for row in one.rows:
         assert (one.root / row["image_path"]).read_bytes() == (two.root / row["image_path"]).read_bytes()
     assert [row["split"] for row in one.rows].count("test") == 40 and [row["split"] for row in one.rows].count("val") == 20
@@ -322,12 +482,17 @@ def test_load_makes_a_data_set_and_removes_files_of_an_earlier_one(tmp_path):
         loaded.skipped,
         loaded.truth,
         loaded.objects,
+        choices=loaded.choices,
+        labels=loaded.labels,
+        classes=loaded.classes,
         source="scenes",
         folder=tmp_path / "records",
     )
     dataset = load_dataset("scenes", tmp_path / "records")
     assert len(dataset.split("test")) == 6 and set(dataset.truth.image_id) <= set(dataset.records.image_id)
     assert set(dataset.objects.image_id) == set(dataset.records.image_id)
+    assert set(dataset.choices.image_id) == set(dataset.split("val", "test").image_id) >= set(dataset.labels.image_id)
+    assert set(dataset.labels.suite) == set(dataset.classes)
     assert Image.open(dataset.path(dataset.records.iloc[0])).size == (40, 40)
 
 
@@ -338,10 +503,12 @@ def test_repeated_images_are_left_out_and_counted():
         ],
         "truth": [{"image_id": "train-0"}, {"image_id": "test-0"}],
         "objects": [{"image_id": "train-0"}],
+        "choices": [{"image_id": "train-0"}, {"image_id": "test-1"}],
     }
     kept, skipped = drop_repeated(rows)
     assert [row["image_id"] for row in kept["records"]] == ["test-0", "test-1"]
     assert kept["truth"] == [{"image_id": "test-0"}] and kept["objects"] == []
+    assert kept["choices"] == [{"image_id": "test-1"}]
     assert [(row["sample"], row["reason"]) for row in skipped] == [("train-0", "duplicate image")]
     assert "test-0" in skipped[0]["detail"]
 

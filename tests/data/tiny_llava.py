@@ -31,7 +31,7 @@ CHAT = (
 SIDE, PATCH = 32, 8  # pixels
 
 
-def tokenizer(context: int):
+def tokenizer(context: int, sentences: list[str] = SENTENCES):
     """Byte-level, so that every text has tokens; the sentences are tokens of their own."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -40,7 +40,7 @@ def tokenizer(context: int):
     raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
-    raw.add_tokens([AddedToken(sentence, normalized=False) for sentence in SENTENCES])
+    raw.add_tokens([AddedToken(sentence, normalized=False) for sentence in sentences])
     made = PreTrainedTokenizerFast(
         tokenizer_object=raw,
         bos_token="<s>",

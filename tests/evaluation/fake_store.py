@@ -35,7 +35,11 @@ class FakeStore:
     def images(self, files, boxes=None):
         if boxes is None:
             return torch.tensor(np.array([self.vectors[int(file.content)] for file in files]), dtype=torch.float32)
-        return self.texts([f"{file.content} {box}" for file, box in zip(files, boxes, strict=True)])[0]
+        vectors = [
+            self.vector(f"{file.content} {box}") if box else self.vectors[int(file.content)]
+            for file, box in zip(files, boxes, strict=True)
+        ]
+        return torch.tensor(np.array(vectors), dtype=torch.float32)
 
     def add_texts(self, wanted, name=""):
         pass
@@ -66,7 +70,7 @@ def settings(**changes) -> EvaluateConfig:
     return EvaluateConfig(**(values | changes))
 
 
-def questions(long, short=(), regions=(), scenes=None, objects=None) -> Questions:
+def questions(long, short=(), regions=(), scenes=None, objects=None, choices=None, labels=None) -> Questions:
     """long: a caption for each image, "" for none. short: a list of captions for each image. regions: (image, sentence)."""
     captioned = [row for row, text in enumerate(long) if text]
     pairs = [(text, row) for row, texts in enumerate(short) for text in texts]
@@ -86,6 +90,8 @@ def questions(long, short=(), regions=(), scenes=None, objects=None) -> Question
         contents=[str(row) for row in range(count)],
         scenes=scenes,
         objects=objects,
+        choices=choices,
+        labels=labels,
     )
 
 

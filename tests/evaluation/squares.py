@@ -1,5 +1,6 @@
 """A tiny data set of noise images with captions and boxes, and a tiny CLIP that says what it was given."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fast_goal.data.records import Dataset
 from fast_goal.model.clip import Clip, build_scratch
 
 CPU = torch.device("cpu")
+CLASSES = {"names": ["red", "blue", "old {tree}"], "templates": ["A {} thing.", "{}", "It is {}."]}
 SIZES = [(96, 64), (64, 96), (64, 64), (150, 60), (64, 64), (80, 64), (64, 70)]
 
 
@@ -54,6 +56,23 @@ def write_squares(root: Path) -> Dataset:
                 {**span, "sentence_index": 1, "x1": width / 2, "y1": height / 2, "x2": width - 1.0, "y2": height - 1.0}
             )
     return Dataset("squares", root, pd.DataFrame(rows), pd.DataFrame(truth).iloc[::-1])
+
+
+def with_choices(dataset: Dataset) -> Dataset:
+    """Choices and labels about three images of the squares, one box the whole of its image, and one image of another split."""
+    box = {
+        "x1": [0.0, 10.2, 0.0, 0.0],
+        "y1": [0.0, 5.0, 0.0, 0.0],
+        "x2": [96.0, 40.7, 64.0, 9.0],
+        "y2": [64.0, 60.0, 96.0, 9.0],
+    }
+    ids = {"image_id": ["i0", "i0", "i1", "i6"], **box}
+    foils = [["a foil", "another"], ["a foil"], ["number 1"], ["a foil"]]
+    captions = ["number 0", "a thing", "a thing", "number 6"]
+    choices = pd.DataFrame({**ids, "suite": ["s"] * 4, "group": ["g"] * 4, "caption": captions, "foils": foils})
+    labels = pd.DataFrame({**ids, "suite": ["few"] * 4, "label": ["red", "blue", "red", "blue"]})
+    classes = {"few": CLASSES, "unused": {"names": [], "templates": []}}
+    return dataclasses.replace(dataset, choices=choices, labels=labels, classes=classes)
 
 
 class Recording:

@@ -107,3 +107,21 @@ def test_a_map_and_curves_by_length(tmp_path):
     assert pictures.draw_lengths({"base": points, "finetuned": points}, "x", tmp_path / "lengths.png")
     assert not pictures.draw_lengths({}, "x", tmp_path / "none.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lengths.png", "map.png"]
+
+
+def suite_numbers(groups, cases):
+    listed = {
+        f"group {n} with a name that is far too long to be drawn": {"accuracy": 50.0 + n % 50, "cases": cases + n}
+        for n in groups
+    }
+    found = {part: {"accuracy": 60.0, "groups": listed} for part in ("base", "finetuned", "chance")}
+    return {**found, "cases": 10, "difference": {"groups": listed}}
+
+
+def test_a_suite_of_many_groups_is_drawn_with_those_of_most_cases(tmp_path):
+    assert [bar["cases"] for bar in pictures._bars(suite_numbers(range(30), 5))] == list(range(11, 35))
+    assert [bar["label"] for bar in pictures._bars(suite_numbers(range(1), 5))] == ["all"]
+    many, none = suite_numbers(range(30), 5), suite_numbers([], 0)
+    pictures.draw_suites({"a $ suite": many, "another": none}, "x", tmp_path / "out.png")
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.format == "PNG" and image.height > 1000

@@ -24,7 +24,13 @@ ROWS = {
     ("I", "caption quality (Long-CLIP L/14 cosine, 1000 pairs)"): 2,
     ("V", "preprocessing"): 4,
     ("X", "parameters"): 2,
+    ("DeGLA", "ARO"): 20,
+    ("DeGLA", "SugarCrepe"): 7,
+    ("DeGLA", "VALSE"): 11,
+    ("DeGLA", "zero-shot classification"): 5,
 }
+BASE = Recipe("CLIP")
+DEGLA = Recipe("CLIP", ("mscoco",), "degla", batch_sizes=(256,), epochs=(5,))
 
 
 def params(*overrides):
@@ -54,6 +60,9 @@ def test_every_table_is_complete():
         ("XVI", "DOCCI", "FAST-GOAL", "sentence_to_patch", "Top-15", 69.7),
         ("V", "DCI", "FAST-GOAL (FLISM)", "", "minutes", 34.44),
         ("X", "", "FAST-GOAL", "", "million", 426.9),
+        ("DeGLA", "COCO-Order", "CE-CLIP", "all", "accuracy", 80.9),
+        ("DeGLA", "SugarCrepe", "DeGLA", "swap_att", "accuracy", 82.1),
+        ("DeGLA", "ImageNet", "CLIP", "all", "accuracy", 57.9),
     ],
 )
 def test_some_numbers(table, dataset, method, direction, metric, value):
@@ -161,3 +170,93 @@ def test_objectives_that_the_paper_did_not_train_have_no_number():
         assert "the objective here is" in long_captions(model=model).words
     demo = recipe_of(params(), "finetuned")
     assert "starts from a CLIP trained from scratch" in long_captions(model=demo).words
+
+
+@pytest.mark.parametrize(
+    ("overrides", "objective", "regions"),
+    [
+        (["objective=fast_goal_degla"], "fast_goal + degla", "both"),
+        (["objective=fast_goal_degla", "objective.parts.degla.weight=0.5"], "fast_goal + 0.5 degla", "both"),
+        (["objective=fast_goal_degla", "objective.parts.fast_goal.weight=0"], "degla", ""),
+        (["objective=degla", "objective.weights.distillation=0"], "degla with other weights", ""),
+        (["objective=negclip"], "global with hard negative captions", ""),
+    ],
+)
+def test_objectives_with_hard_negatives_are_told_apart(overrides, objective, regions):
+    model = recipe_of(params("experiment=paper_docci", "negatives=rules", *overrides), "finetuned")
+    assert (model.objective, model.regions) == (objective, regions)
+    assert f"the objective here is {objective}, there" in long_captions(model=model).words
+
+
+def suite(name, cases, model=BASE, direction="all", metric="macro", task="composition", backbone="ViT-B-32"):
+    return beside(name, backbone, model, direction, metric, images=cases, task=task)
+
+
+def test_the_means_of_degla_are_those_of_its_numbers():
+    for method in ("DeGLA", "NegCLIP", "CE-CLIP", "CLIP"):
+        four = [row.value for row in results() if (row.title, row.method) == ("ARO", method)]
+        assert abs(sum(four[:4]) / 4 - four[4]) < 0.1
+    pieces = {row.direction: row.value for row in results() if row.title == "VALSE" and row.method == "DeGLA"}
+    whole = pieces.pop("all")
+    # counting stands for three pieces
+    assert abs((sum(pieces.values()) + 2 * pieces["counting"]) / 11 - whole) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "cases", "options", "value"),
+    [
+        ("vg_relation", 23937, {}, 59.2),
+        ("vg_relation", 23900, {"model": DEGLA}, 81.6),
+        ("coco_order", 25010, {"metric": "accuracy"}, 48.4),
+        ("sugarcrepe", 666, {"model": DEGLA, "direction": "swap_att", "metric": "accuracy"}, 82.1),
+        ("valse", 7790, {}, 65.3),
+        ("valse", 104, {"model": DEGLA, "direction": "coreference-hard", "metric": "accuracy"}, 54.8),
+        ("valse", 7790, {"model": DEGLA, "direction": "counting", "metric": "accuracy"}, 68.3),
+        ("imagenet", 50000, {"metric": "accuracy", "task": "zero_shot"}, 57.9),
+    ],
+)
+def test_suites_stand_beside_degla(name, cases, options, value):
+    found = suite(name, cases, **options)
+    assert (found.value, found.table) == (value, "DeGLA"), found.words
+    assert ("its test has, as far as we know, 23,937 cases, ours 23,900" in found.words) == (cases == 23900)
+    assert ("hard negative captions" in found.words) == ("model" in options)
+    assert ("prompts are not known" in found.words) == (name == "imagenet")
+
+
+@pytest.mark.parametrize(
+    ("name", "cases", "options", "words"),
+    [
+        (
+            "scenes_captions",
+            100,
+            {},
+            "it measures VG-Relation, VG-Attribution, COCO-Order, Flickr30k-Order, SugarCrepe, VALSE and ",
+        ),
+        ("vg_relation", 23000, {}, "its test has 23,937 cases of VG-Relation, ours 23,000"),
+        ("vg_relation", 23937, {"backbone": "ViT-B-16"}, "its models there are ViT-B/32, not ViT-B/16"),
+        ("vg_relation", 23937, {"model": replace(DEGLA, epochs=(1,))}, "trained for 1 epochs, its models there for"),
+        ("vg_relation", 23937, {"model": replace(DEGLA, trained_on=("scenes",))}, "trained on scenes, its models there on"),
+        ("sugarcrepe", 7511, {}, "its test has"),
+        ("imagenet", 10000, {"task": "zero_shot"}, "its test has 50,000 images of ImageNet, ours 10,000"),
+        ("imagenet", 50000, {}, "on ImageNet it measures zero-shot classification, not true and false captions"),
+    ],
+)
+def test_where_degla_has_no_number_the_reason_is_said(name, cases, options, words):
+    found = suite(name, cases, **options)
+    assert found.value is None and words in found.words
+
+
+def test_the_objective_of_degla_is_its_own_with_its_own_settings():
+    run = params("experiment=paper_docci", "objective=global")
+    settings = {"name": "degla", "weights": {"global": 1.0, "igc": 0.1, "tgc": 0.1, "distillation": 0.005}}
+    settings |= {"tgc_scale": 10.0, "distillation": "sum", "teacher_decay": 0.9996}
+
+    def recipe(**changes):
+        return recipe_of(replace(run, objective=settings | changes), "finetuned")
+
+    assert recipe() == Recipe("CLIP", ("docci",), "degla", batch_sizes=(64,), epochs=(10,)), "and no regions"
+    assert recipe(distillation="mean").objective == "degla with other distillation"
+    weights = settings["weights"] | {"igc": 1.0}
+    assert recipe(weights=weights, tgc_scale=1.0).objective == "degla with other weights and tgc scale"
+    plain = {term: float(term == "global") for term in weights}
+    assert recipe(weights=plain).objective == "global with hard negative captions"

@@ -10,6 +10,7 @@ from browser import browser, look
 from PIL import Image
 
 from fast_goal.errors import DataError
+from fast_goal.evaluation.headline import headline
 from fast_goal.evaluation.published import Recipe
 from fast_goal.evaluation.report import (
     Facts,
@@ -23,6 +24,8 @@ from fast_goal.evaluation.report import (
     write_report,
 )
 from fast_goal.evaluation.tasks import Section
+from fast_goal.evaluation.tracked import tracked
+from fast_goal.tracking.model_card import metrics_table
 
 WAYS = ("text_to_image", "image_to_text")
 
@@ -37,7 +40,8 @@ def retrieval(base, tuned, low, high):
         "base": {way: {"R@1": base, **ranks} for way in ("text_to_image", "image_to_text")},
         "finetuned": {way: {"R@1": tuned, **ranks} for way in ("text_to_image", "image_to_text")},
         "difference": {
-            way: {"R@1": {"value": tuned - base, "low": low, "high": high}} for way in ("text_to_image", "image_to_text")
+            way: {"R@1": {"value": tuned - base, "low": low, "high": high, "p": 0.001}}
+            for way in ("text_to_image", "image_to_text")
         },
         "chance": {way: {"R@1": 0.1} for way in ("text_to_image", "image_to_text")},
     }
@@ -50,7 +54,7 @@ def localisation(boxes="truth"):
         "without_centre": {"base": 0, "finetuned": 0},
         "base": {"hit@1": 15.0},
         "finetuned": {"hit@1": 46.0},
-        "difference": {"hit@1": {"value": 31.0, "low": 28.0, "high": 34.0}},
+        "difference": {"hit@1": {"value": 31.0, "low": 28.0, "high": 34.0, "p": 0.001}},
         "chance": {"hit@1": 14.0},
         "chance_of_base": {"hit@1": 14.0},
     }
@@ -82,17 +86,18 @@ def test_headline_of_an_unclear_difference():
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "words"),
+    ("low", "high", "p", "words"),
     [
-        (0.1, 2, "higher"),
-        (-2, -0.1, "lower"),
-        (-1, 1, "no difference shown"),
-        (0, 2, "no difference shown"),
-        (0, 0, "no difference shown"),
+        (0.1, 2, 0.01, "higher"),
+        (-2, -0.1, 0.01, "lower"),
+        (0.8, 10, 0.07, "no difference shown"),  # the interval alone says so, the test does not
+        (-1, 1, 0.01, "no difference shown"),
+        (0, 2, 0.01, "no difference shown"),
+        (0, 0, 1, "no difference shown"),
     ],
 )
-def test_verdict(low, high, words):
-    assert verdict({"low": low, "high": high}) == words
+def test_verdict(low, high, p, words):
+    assert verdict({"low": low, "high": high, "p": p}) == words
 
 
 def said(metrics, facts):
@@ -107,6 +112,14 @@ def test_a_first_stage_of_the_training_is_said(tmp_path, facts):
         text = (tmp_path / "report.md").read_text()
         row = "| first stage | dataset: large; epochs: 3; name: fast_goal; weights: global 1.0, local 0.5 |"
         assert (row in text.splitlines()) == bool(first) == ("first stage" in text)
+
+
+def test_an_objective_of_parts_is_told_with_all_its_settings(tmp_path, facts):
+    part = {"weight": 0.5, "objective": {"name": "degla", "weights": {"global": 1.0, "tgc": 0.1}, "other": None}}
+    objective = {"name": "weighted", "parts": {"words": part}}
+    write_report(tmp_path, {}, Facts(**{**facts.__dict__, "objective": objective}), [])
+    row = "name: weighted; parts: words (weight 0.5, objective (name degla, weights (global 1.0, tgc 0.1), other none))"
+    assert f"| objective | {row} |" in (tmp_path / "report.md").read_text().splitlines()
 
 
 def test_clear_results_need_no_warning(facts):
@@ -182,6 +195,139 @@ def measured():
         "seconds": {},
         "skipped": {"sentence_average": "long captions"},
     }
+
+
+def suite(first="accuracy", groups=("swap_obj", "add|obj"), cases=400, p=0.0001, gain=5.0):
+    """Numbers of a suite whose groups have 70 and 80 percent with the base."""
+
+    def change(value):
+        return {"value": value, "low": value - 1, "high": value + 1, "p": p}
+
+    def numbers(more):
+        counts = {"cases": cases // 2, "ties": 3}
+        listed = {name: {"accuracy": 70.0 + 10 * place + more, **counts} for place, name in enumerate(groups)}
+        return {"accuracy": 76.0 + more, "macro": 75.0 + more, "ties": 4, "groups": listed, "families": {"swap": 70.0 + more}}
+
+    others = {name: change(gain) for name in ("accuracy", "macro") if name != first}
+    listed = {name: {"accuracy": change(gain)} for name in groups}
+    return {
+        "cases": cases,
+        "independent": cases,
+        "not_in_macro": {"groups": 0, "cases": 0},
+        "base": numbers(0),
+        "finetuned": numbers(gain),
+        "difference": {first: change(gain), **others, "groups": listed, "families": {"swap": change(gain)}},
+        "chance": {**numbers(-20), "ties": 0},
+        "truncated": {"base": 0, "finetuned": 0},
+        "context_length": {"base": 77, "finetuned": 248},
+    }
+
+
+def classified(**options):
+    found = suite(groups=(), **options) | {"classes": 12, "templates": 1}
+    for part in ("base", "finetuned", "chance"):
+        found[part] |= {"accuracy@5": 95.0, "families": {}}
+    found["difference"] |= {"accuracy@5": found["difference"]["accuracy"], "families": {}}
+    return found
+
+
+def suites(**options):
+    values = {"composition": {"sugarcrepe": suite("macro")}, "zero_shot": {"imagenet": classified(**options)}}
+    return {**values, "images": 800, "independent": 800, "seconds": {}, "skipped": {}}
+
+
+def test_a_table_for_each_suite(tmp_path, full):
+    facts = dataclasses.replace(
+        full, tasks={"composition": Section("Choices", "About."), "zero_shot": Section("Classes", "So.")}
+    )
+    found = suites()
+    found["composition"]["sugarcrepe"]["not_in_macro"] = {"groups": 2, "cases": 31}
+    write_report(tmp_path, {"x": found}, facts, [])
+    text = (tmp_path / "report.md").read_text()
+    part = text.split("### Choices: sugarcrepe")[1].split("###")[0]
+    rows = [line for line in part.splitlines() if line.startswith("| ")][2:]
+    assert rows == [
+        "| swap_obj | 200 | 70.0 | 75.0 | +5.0 | +4.0 to +6.0 | < 0.001 | higher | 50.0 | 3, 3 |",
+        "| add\\|obj | 200 | 80.0 | 85.0 | +5.0 | +4.0 to +6.0 | < 0.001 | higher | 60.0 | 3, 3 |",
+        "| mean of swap |  | 70.0 | 75.0 | +5.0 | +4.0 to +6.0 | < 0.001 | higher | 50.0 |  |",
+        "| mean of the groups |  | 75.0 | 80.0 | +5.0 | +4.0 to +6.0 | < 0.001 | higher | 55.0 |  |",
+        "| all | 400 | 76.0 | 81.0 | +5.0 | +4.0 to +6.0 | < 0.001 | higher | 56.0 | 4, 4 |",
+    ]
+    assert "The mean is without 2 groups (31 of the choices)" in part
+    part = text.split("### Classes: imagenet")[1].split("##")[0]
+    assert "400 to put into 12 classes, each the mean of 1 prompt." in part and "The mean is without" not in part
+    labels = [line.split(" | ")[0] for line in part.splitlines() if line.startswith("| ")][2:]
+    assert labels == ["| mean of the classes", "| all", "| all, among the first 5"]
+    lines = text.split("##")[0]
+    told = "the true caption is told from all its foils in 75.0 → 80.0 %, the mean of the groups (+5.0, "
+    assert f"`x`, sugarcrepe, 400 choices: {told}" in lines
+    assert "`x`, imagenet, 400 to classify: the right class is found in 76.0 → 81.0 % (+5.0, " in lines
+    assert "chance: 55.0 %" in lines
+
+
+def test_suites_are_corrected_with_the_other_comparisons(full):
+    facts = dataclasses.replace(
+        full, tasks={**full.tasks, "composition": Section("Choices", ""), "zero_shot": Section("Classes", "")}
+    )
+    found = comparisons({"x": {**measured(), **suites(p=0.003)}}, facts)
+    mine = {comparison.title: comparison for comparison in found}
+    assert len(found) == 12 and mine["Choices (sugarcrepe)"].metric == "macro"
+    assert (mine["Classes (imagenet)"].metric, mine["Classes (imagenet)"].base) == ("accuracy", 76)
+    # p-values, ascending: 0.0001, six of 0.0004, then this one, the eighth of twelve
+    assert mine["Classes (imagenet)"].corrected == pytest.approx(0.003 * 5)
+
+
+def test_suites_stand_beside_degla(tmp_path, full):
+    recipes = {"base": Recipe("CLIP"), "finetuned": Recipe("CLIP", ("mscoco",), "degla", batch_sizes=(256,), epochs=(5,))}
+    facts = dataclasses.replace(full, backbone="ViT-B-32", recipes=recipes, tasks={"composition": Section("Choices", "")})
+    crepe, orders = suite("macro", ("swap_obj", "other"), cases=490), suite("accuracy", (), cases=25010)
+    found = {"composition": {"sugarcrepe": crepe, "coco_order": orders, "own": orders}}
+    found |= {"images": 800, "independent": 800, "seconds": {}, "skipped": {}}
+    write_report(tmp_path, {"x": found}, facts, [])
+    part = (tmp_path / "report.md").read_text().split("### Beside the paper")[1].split("##")[0]
+    rows = [line for line in part.splitlines() if line.startswith("| Choices")]
+    assert rows[0].startswith(
+        "| Choices (sugarcrepe) | fine-tuned | swap_obj | accuracy | 75.0 | 81.6 | −6.6 | DeGLA's paper, DeGLA |"
+    )
+    assert rows[1].startswith("| Choices (coco_order) | base |  | accuracy | 76.0 | 48.4 | +27.6 | DeGLA's paper, CLIP |")
+    assert len(rows) == 3
+    assert "No number of DeGLA's paper (base and fine-tuned: composition of `own`): it measures " in part
+    assert "DeGLA's paper (base: composition of `sugarcrepe`): its test has" in part
+
+
+def test_the_doubts_about_suites_are_said(facts):
+    assert "`x`," not in said({"x": suites()}, facts)
+    text = said({"x": suites(gain=-5.0)}, facts)
+    assert (
+        "`x`, zero shot of imagenet: the fine-tuned model is worse in accuracy; what the base knew was partly forgotten."
+        in text
+    )
+    text = said({"x": suites(gain=0.5, cases=120)}, facts)
+    assert "imagenet: no difference shown in accuracy: the interval includes 0." in text and "only 120 to classify" in text
+    doubtful = suites()
+    doubtful["composition"]["sugarcrepe"] |= {"truncated": {"base": 30, "finetuned": 0}}
+    doubtful["composition"]["sugarcrepe"]["finetuned"]["ties"] = 40
+    text = said({"x": doubtful}, facts)
+    assert (
+        "composition of sugarcrepe: 1.0 % of the answers of the base model and 10.0 % of the answers of the fine-tuned" in text
+    )
+    assert "30 of 400 choices have a text of more than the 77 tokens of the base model, which sees only its beginning." in text
+
+
+def test_what_is_kept_of_suites():
+    kept = tracked({"x": suites()})
+    assert kept["x.composition.sugarcrepe.base.macro"] == 75 and kept["x.zero_shot.imagenet.finetuned.accuracy"] == 81
+    assert len(kept) == 2 * 2 * 2
+    chosen = headline({"x": suites()})
+    assert chosen == {
+        "x.composition.sugarcrepe.base.macro": 75,
+        "x.composition.sugarcrepe.finetuned.macro": 80,
+        "x.zero_shot.imagenet.base.accuracy": 76,
+        "x.zero_shot.imagenet.finetuned.accuracy": 81,
+    }
+    table = metrics_table({"x": suites()})
+    assert "| x · composition · sugarcrepe · macro | 75.0 | 80.0 | +5.0 | +4.0 to +6.0 | 55.0 |" in table
+    assert "swap" not in table and "imagenet · accuracy@5" not in table
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fake_store import caption, questions, slow_recall, study, unit
-from squares import CPU, Recording, tiny_clip, write_squares
+from squares import CPU, Recording, tiny_clip, with_choices, write_squares
 
 from fast_goal.config import EvaluateConfig
 from fast_goal.data.captions import split_sentences, tokenize
@@ -203,8 +203,9 @@ def test_what_is_drawn_depends_on_the_seed_and_the_text_alone(made):
 def test_tasks_without_questions_are_skipped_and_the_others_run():
     made = study(questions(["", ""], [["one"], ["two", "three"]]))
     found = measure(made, list(ALL))
-    lacking = {name: "long captions" for name in ALL if name not in ("short", "localisation", "joint")}
-    assert found["skipped"] == {**lacking, "localisation": "boxes", "joint": "boxes"}
+    others = {"localisation": "boxes", "joint": "boxes", "composition": "captions to choose from", "zero_shot": "labels"}
+    lacking = {name: "long captions" for name in ALL if name not in ("short", *others)}
+    assert found["skipped"] == {**lacking, **others}
     assert "short" in found and "long" not in found
 
 
@@ -244,7 +245,7 @@ def test_joint_items_are_linked_as_in_loops(monkeypatch):
 
 @pytest.fixture(scope="module")
 def squares(tmp_path_factory):
-    return embedding.questions(write_squares(tmp_path_factory.mktemp("images")), "test")
+    return embedding.questions(with_choices(write_squares(tmp_path_factory.mktemp("images"))), "test")
 
 
 def real(squares, settings_of, folder=None):
@@ -294,7 +295,9 @@ def test_everything_is_embedded_once_over_all_tasks(squares, made):
     for clip in clips.values():
         assert len(clip.texts) == len(set(clip.texts))
         assert set(clip.texts) == set(wanted)
-        assert len(clip.images) == len(set(clip.images)) == 6 + 4, "the images, and a crop of each that has a box"
+        assert len(clip.images) == len(set(clip.images)) == 6 + 4 + 1, (
+            "the images, a crop of each that has a box, and one to choose"
+        )
     before = [(len(clip.texts), len(clip.images)) for clip in clips.values()]
     assert {**measure(asked, list(reversed(ALL))), "seconds": 0} == {**found, "seconds": 0}
     assert [(len(clip.texts), len(clip.images)) for clip in clips.values()] == before

@@ -156,16 +156,6 @@ def test_a_store_that_is_away_is_asked_again(flow, run, registered, ran, change,
     assert ran() == ["drift", "gate", "gate", "gate"]
 
 
-def test_a_failed_step_leaves_the_rest_for_the_next_time(run, registered, ran, change, new_data, decisions, webhook):
-    change(status_base="3")
-    new_data()
-    status, said = run()
-    assert status == 1 and "the step `base` failed" in said and ran() == ["download", "base"]
-    assert [told["event"] for told in webhook.received] == ["failed"] and "the disk is on fire" in webhook.received[0]["text"]
-    line = decisions()[-1]
-    assert line["decision"] == "failed" and line["new_data"]
-
-
 @pytest.mark.parametrize("trouble", ["dead", "slow", "refusing", "no address"])
 def test_a_webhook_stops_nothing_and_stays_secret(flow, flows, registered, webhook, monkeypatch, run, caplog, trouble):
     from functools import partial
@@ -212,8 +202,18 @@ def test_a_firing_while_another_flow_works_says_so(flows, run, registered, ran, 
     assert ran() == [] and webhook.received == [] and decisions()[-1]["decision"] == "busy"
 
 
+def test_a_failed_step_leaves_the_rest_for_the_next_time(run, registered, ran, change, new_data, decisions, webhook):
+    change(status_base="3")
+    new_data()
+    status, said = run()
+    assert status == 1 and "the step `base` failed" in said and ran() == ["download", "base"]
+    assert [told["event"] for told in webhook.received] == ["failed"] and "the disk is on fire" in webhook.received[0]["text"]
+    line = decisions()[-1]
+    assert line["decision"] == "failed" and line["new_data"]
+
+
 @pytest.mark.parametrize("steps", [("finetune", "gate")])
-def test_a_killed_flow_is_taken_up_where_it_was(root, run, api, registered, ran, change, new_data, started, steps):
+def test_a_killed_flow_is_taken_up_where_it_was(root, run, api, ran, change, new_data, started, steps):
     """kill -9 of the flow at one step after the other; the step ends, the next run goes on there, and does no step twice."""
     new_data()
     env = {**os.environ, "PREFECT_API_URL": api}

@@ -190,7 +190,7 @@ def test_what_lacks_is_named(undrawn, project, monkeypatch):
         drift.run()
 
 
-def test_the_command_with_models_from_the_registry(project, models, monkeypatch):
+def test_the_command_with_models_from_the_registry(project, models, monkeypatch, empty_store):
     """A champion, a previous version and a candidate whose files are damaged, in a real store."""
     from mlflow.tracking.client import MlflowClient
 
@@ -200,6 +200,7 @@ def test_the_command_with_models_from_the_registry(project, models, monkeypatch)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(Path.cwd().parent))
     dataset = write_training_set(numbers=range(20))
     Path("params.yaml").write_text(yaml.safe_dump(to_dict(params(*SMALL))))
+    shutil.copy(empty_store, "mlflow.db")
     client = MlflowClient(f"sqlite:///{Path.cwd() / 'mlflow.db'}")
     client.create_registered_model("fast-goal")
     for number, (alias, model) in enumerate({"previous": "base", "champion": "tuned", "candidate": "base"}.items(), start=1):

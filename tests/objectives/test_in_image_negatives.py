@@ -152,7 +152,7 @@ def test_shares_of_two_processes(monkeypatch):
         own = {
             field.name: getattr(leaves, field.name)[images if field.name.endswith("global") else slice(low, high)]
             for field in dataclasses.fields(leaves)
-            if field.name != "scale"
+            if field.name != "scale" and isinstance(getattr(leaves, field.name), torch.Tensor)
         }
         shares.append(Features(**(own | {"local_rows": own["local_rows"] - first}), scale=leaves.scale))
     sent: list[list[torch.Tensor]] = [[], []]

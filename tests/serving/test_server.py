@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -39,7 +40,7 @@ def encoded(color="red"):
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
+def project(tmp_path_factory, empty_store):
     """A folder with a registered model, the current one of this module."""
     folder = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch:
@@ -48,6 +49,7 @@ def project(tmp_path_factory):
             patch.delenv(name, raising=False)
         from fast_goal.tracking import registry
 
+        shutil.copy(empty_store, "mlflow.db")
         tiny_clip(1).save(folder / "models/finetune", {"commit": "abc"})
         registry.register(folder / "models/finetune", "fast-goal", "candidate", CARD, {"git_commit": "abc"}, None)
         (folder / "photos").mkdir()

@@ -31,12 +31,16 @@ def tiny_clip(seed: int, context_length: int = 248) -> Clip:
     return build_scratch(config, context_length, seed)
 
 
-def write_scenes(name: str, count: int = 12, truth: bool = True, folder: Path = Path("data/records")) -> None:
-    """Images of two squares; the caption of every third one is longer than 77 tokens, every fourth has no short caption."""
+def write_scenes(
+    name: str, count: int = 12, truth: bool = True, folder: Path = Path("data/records"), choices: bool = False
+) -> None:
+    """Images of two squares; the caption of every third one is longer than 77 tokens, every fourth has no short caption.
+
+    choices: of captions with the colours or the places swapped, and the colours of the squares as classes."""
     generator = np.random.default_rng(0)
     root = Path("data/datasets") / name
     root.mkdir(parents=True)
-    rows, boxes = [], []
+    rows, boxes, asked, labels = [], [], [], []
     for index in range(count):
         colours = generator.permutation(list(COLOURS))[:2].tolist()
         places = generator.permutation(list(PLACES))[:2].tolist()
@@ -49,9 +53,16 @@ def write_scenes(name: str, count: int = 12, truth: bool = True, folder: Path = 
             start = len(caption) + 1
             caption = f"{caption} {text}"
             box = {"x1": float(x), "y1": float(y), "x2": x + 32.0, "y2": y + 32.0}
+            labels.append({"image_id": image_id, **box, "suite": "scenes_colours", "label": colour})
             boxes.append(
                 {"image_id": image_id, "sentence_index": sentence, "char_start": start, "char_end": len(caption), **box}
             )
+        whole = {"image_id": image_id, "x1": 0.0, "y1": 0.0, "x2": float(SIDE), "y2": float(SIDE), "suite": "scenes_sentences"}
+        said = "A {} square {}, a {} square {}."
+        own = said.format(colours[0], places[0], colours[1], places[1])
+        colours_swapped = said.format(colours[1], places[0], colours[0], places[1])
+        asked.append({**whole, "group": "swap_colours", "caption": own, "foils": [colours_swapped]})
+        asked.append({**whole, "group": "tie", "caption": own, "foils": [colours_swapped, own]})
         Image.fromarray(pixels).save(root / f"{index}.png")
         rows.append(
             {
@@ -67,7 +78,9 @@ def write_scenes(name: str, count: int = 12, truth: bool = True, folder: Path = 
             }
         )
     known = [{**box, "label": "square"} for box in boxes] if truth else None
-    write_dataset(name, root, rows, [], truth=known, source="squares", folder=folder)
+    classes = {"scenes_colours": {"names": list(COLOURS), "templates": ["A {} square.", "Something {}."]}}
+    more = {"choices": asked, "labels": labels, "classes": classes} if choices else {}
+    write_dataset(name, root, rows, [], truth=known, source="squares", folder=folder, **more)
     captions = {row["image_id"]: row["long_caption"] for row in rows}
     pairs = [
         {

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from fast_goal import cli
 from fast_goal.config import Params, build, load_params, to_dict
 from fast_goal.configure import compose
+from fast_goal.data.records import NEGATIVES, write_table
 from fast_goal.errors import ConfigError, ModelError
 from fast_goal.model.clip import build_scratch
 from fast_goal.stages import advice
@@ -110,6 +111,22 @@ def test_data_and_model_are_looked_at_where_they_are():
 
 def test_an_objective_without_local_pairs():
     assert "local pairs" not in advice.advise(settings("objective=global"), PLENTY)
+
+
+def test_hard_negatives_and_the_teacher():
+    some = settings("objective=degla", "negatives=rules", "negatives.per_caption=3")
+    text = advice.advise(some, PLENTY)
+    assert "hard negatives per caption: 3, of 248 tokens (a guess)" in text and "AdamW's two averages, the teacher. per" in text
+    assert needed(text, "bf16") > needed(advice.advise(settings("objective=global"), PLENTY), "bf16")
+    write_project()
+    rows = [
+        {"image_id": f"train-{number}", "caption": "One.", "negative": "A blue box is there.", "type": "reshuffle", "seed": 0}
+        for number in (0, 1, 1)
+    ]
+    write_table(Path("data/negatives/scenes.parquet"), [row | {"generator": "test"} for row in rows], NEGATIVES)
+    assert "hard negatives per caption: 2, of up to 8 tokens" in advice.advise(some, PLENTY)
+    short = settings("objective=global", "finetune.captions=short")
+    assert "Samples: short captions of up to 7 tokens. " in advice.advise(short, PLENTY)
 
 
 def test_the_first_stage():

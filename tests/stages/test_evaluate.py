@@ -52,10 +52,10 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """The step run once over a data set with true boxes and one with none."""
+    """The step run once over a data set with true boxes, choices and labels, and one with none."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("project"))
-        write_scenes("scenes")
+        write_scenes("scenes", choices=True)
         write_scenes("photos", count=6, truth=False)
         write_models()
         track = Recorder()
@@ -89,9 +89,10 @@ def test_every_task_is_measured(evaluated):
     folder, track = evaluated
     metrics = json.loads((folder / "metrics.json").read_text())
     tasks = params().evaluate.tasks
-    for name in ("scenes", "photos"):
-        assert set(metrics[name]) == {*tasks, "images", "independent", "seconds", "skipped"}
-        assert metrics[name]["skipped"] == {}
+    assert set(metrics["scenes"]) == {*tasks, "images", "independent", "seconds", "skipped"}
+    assert metrics["scenes"]["skipped"] == {}
+    assert metrics["photos"]["skipped"] == {"composition": "captions to choose from", "zero_shot": "labels"}
+    assert set(metrics["photos"]) == set(metrics["scenes"]) - {"composition", "zero_shot"}
     scenes = metrics["scenes"]
     for task in ("sentence_average", "robustness", "shuffled", "dropped"):
         for model in ("base", "finetuned"):
@@ -109,6 +110,35 @@ def test_every_task_is_measured(evaluated):
     for title in ("Averaged sentences", "Truncated captions", "One false sentence", "Single sentences", "Shuffled sentences"):
         assert report.count(f"* **{title}**. ") == 2
         assert report.count(f"\n| {title}") == 2 * {"Single sentences": 2}.get(title, 3)
+
+
+def test_choices_and_classes_are_measured_and_told(evaluated):
+    folder, track = evaluated
+    metrics = json.loads((folder / "metrics.json").read_text())["scenes"]
+    chosen, named = metrics["composition"]["scenes_sentences"], metrics["zero_shot"]["scenes_colours"]
+    assert (chosen["cases"], chosen["independent"], named["cases"], named["classes"]) == (24, 12, 24, 5)
+    for model in ("base", "finetuned"):
+        groups = chosen[model]["groups"]
+        right = round(12 * groups["swap_colours"]["accuracy"] / 100)
+        assert groups["tie"] == {"accuracy": 0, "cases": 12, "ties": right}, "where it is no tie, the other foil is above"
+        assert chosen[model]["accuracy"] == pytest.approx(100 * right / 24) and chosen[model]["ties"] == right
+        assert track.heads[f"scenes.composition.scenes_sentences.{model}.accuracy"] == chosen[model]["accuracy"]
+        assert track.numbers[f"scenes.zero_shot.scenes_colours.{model}.macro"] == named[model]["macro"]
+    assert not [name for name in track.numbers if "groups" in name or ".ties" in name]
+    report = (folder / "report.md").read_text()
+    part = report.split("### True and false captions: scenes_sentences")[1].split("###")[0]
+    assert [line.split(" | ")[:2] for line in part.splitlines() if line.startswith("| ")][2:] == [
+        ["| swap_colours", "12"],
+        ["| tie", "12"],
+        ["| mean of the groups", ""],
+        ["| all", "24"],
+    ]
+    assert "24 to put into 5 classes, each the mean of 2 prompts." in report
+    assert report.count("\n| True and false captions (scenes_sentences) | accuracy |") == 1, "corrected with all the others"
+    assert "`photos`: no composition, for want of captions to choose from in the split `test`." in report
+    assert "No number of DeGLA's paper (base and fine-tuned: composition of `scenes_sentences`): it measures" in report
+    assert "`scenes`, composition of scenes_sentences: only 24 choices" in report
+    assert "`scenes`, scenes_sentences, 24 choices: the true caption is told from all its foils in" in report.split("##")[0]
 
 
 def test_a_second_run_computes_nothing_and_finds_the_same(evaluated, monkeypatch):
@@ -135,8 +165,8 @@ def test_only_the_tasks_asked_for_are_run(tmp_path, monkeypatch):
     text = Path("models/reports/report.md").read_text()
     assert "| Shuffled sentences | R@1 text to image |" in text and "Retrieval with long captions" not in text
     assert "localisation" not in text.split("## Parameters")[0].lower() and "bf16, compared in float32" in text
-    with pytest.raises(ConfigError, match=r"evaluate\.tasks\[0\] = 'zero_shot': expected one of 'long', 'short'"):
-        params("evaluate.tasks=[zero_shot]")
+    with pytest.raises(ConfigError, match=r"evaluate\.tasks\[0\] = 'one_shot': expected one of 'long', 'short'"):
+        params("evaluate.tasks=[one_shot]")
 
 
 def test_the_report_says_what_the_numbers_say(evaluated):
@@ -148,8 +178,8 @@ def test_the_report_says_what_the_numbers_say(evaluated):
     assert "| scenes | training, evaluation | " in text and "| photos | evaluation | " in text
     assert "No sample was skipped." in text
     part = text.split("## What is significant")[1].split("##")[0]
-    counts = [int(count) for count in re.findall(r"\((\d+) of 48\)", part)]
-    assert sum(counts) == 48, "every comparison has its place: 19 and 5 drops of either data set"
+    counts = [int(count) for count in re.findall(r"\((\d+) of 50\)", part)]
+    assert sum(counts) == 50, "every comparison has its place: 19 and 5 drops of either data set, two suites"
     assert "**The base is weak.**" in text
     assert "no difference shown" in text
     assert "Agreement with FLISM's own pairs, not ground truth" in text
@@ -169,12 +199,12 @@ def test_the_html_report_needs_no_other_file(evaluated):
     folder, _ = evaluated
     page = (folder / "report.html").read_text()
     sources = re.findall(r'src="([^"]*)"', page)
-    assert len(sources) == len(re.findall(r"!\[", (folder / "report.md").read_text())) == 2 * 7 + 2
+    assert len(sources) == len(re.findall(r"!\[", (folder / "report.md").read_text())) == 2 * 7 + 2 + 2
     for source in sources:
         head, data = source.split(",", 1)
         assert head == "data:image/png;base64"
         assert base64.b64decode(data).startswith(b"\x89PNG")
-    assert "<script" not in page and "http" not in page
+    assert "<script" not in page and not re.search(r'(src|href)="http', page)
     assert page.count("<table>") == page.count('<div class="table" tabindex="0">') >= 8
 
 
@@ -184,7 +214,7 @@ def test_the_html_report_in_a_browser(evaluated, tmp_path):
     for width, seen in look(browser(), page, tmp_path, (390, 1200)).items():
         links = seen.pop("links")
         nothing = {"refused": [], "loaded": [], "broken": 0, "silent": 0, "overflow": 0, "dead_links": 0}
-        assert seen == {**nothing, "images": 16}, f"at {width} pixels"
+        assert seen == {**nothing, "images": 18}, f"at {width} pixels"
         assert links >= 15
 
 
@@ -202,6 +232,7 @@ def test_the_report_is_written_again_by_a_command(evaluated, monkeypatch):
 def test_the_pictures_are_those_of_the_data(evaluated):
     folder, track = evaluated
     drawn = {f"{name}_{kind}.png" for name in ("scenes", "photos") for kind in KINDS} | {"loss.png", "validation.png"}
+    drawn |= {"scenes_composition.png", "scenes_zero_shot.png"}
     assert {path.name for path in folder.glob("*.png")} == drawn
     assert drawn <= set(track.files)
     known = json.loads((folder / "report.json").read_text())["pictures"]
@@ -257,7 +288,7 @@ def test_what_is_tracked(evaluated):
     assert "scenes.long.finetuned.text_to_image.R1" in track.numbers
     assert not [name for name in track.numbers if "difference" in name or "slices" in name], "they stand in metrics.json"
     assert "scenes.localisation.chance.hit1" in track.heads
-    assert len(track.heads) == 2 * (2 * 2 * 2 + 3)
+    assert len(track.heads) == 2 * (2 * 2 * 2 + 3) + 2 * 2
     assert all(re.fullmatch(r"[\w./ -]+", name) for name in track.numbers), "the characters every MLflow store allows"
     assert track.inputs == [("scenes", "evaluation"), ("photos", "evaluation")]
 

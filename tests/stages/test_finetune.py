@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,10 @@ from small_training import RecordingTracker, params, write_project
 from fast_goal import stages
 from fast_goal.config import to_dict
 from fast_goal.data.images import View
-from fast_goal.errors import DataError
+from fast_goal.data.records import NEGATIVES, load_dataset, write_table
+from fast_goal.errors import ConfigError, DataError
+from fast_goal.evaluation import embedding
+from fast_goal.evaluation.embedding import answer
 from fast_goal.files import read_json
 from fast_goal.model.clip import Clip, build_scratch
 from fast_goal.stages import finetune
@@ -99,6 +103,53 @@ def test_other_parameters_start_from_the_beginning(change):
     assert json.loads(Path("models/finetune/metrics.json").read_text())["resumed_at_step"] == 0
 
 
+def write_negatives(word: str) -> None:
+    """Two of each caption of the training split, long and short, with another word in it."""
+    rows = []
+    for record in load_dataset("scenes").split("train").itertuples():
+        for caption in (record.long_caption, *record.captions):
+            for negative in (caption.replace("box", word), caption.replace("is", "was")):
+                row = {"image_id": record.image_id, "caption": caption, "negative": negative}
+                rows.append(row | {"type": "replace_nouns", "generator": "test", "seed": 0})
+    write_table(Path("data/negatives/scenes.parquet"), rows, NEGATIVES)
+
+
+def test_hard_negatives_are_part_of_what_is_learned():
+    settings = ["objective=degla", "negatives=rules"]
+    with pytest.raises(ConfigError, match=r"needs hard negative captions, but negatives\.generator = 'none'"):
+        finetune.main(params("objective=degla"), RecordingTracker())
+    with pytest.raises(ConfigError, match=r"'scenes' has none: .*negatives=rules.*dvc repro negatives"):
+        finetune.main(params(*settings), RecordingTracker())
+    for word in ("ball", "dog"):  # another table is another training, which gets to its second step anew
+        write_negatives(word)
+        with killed_after(loop, 2):
+            finetune.main(params(*settings), RecordingTracker())
+    finetune.main(params(*settings), RecordingTracker())
+    metrics = read_json("models/finetune/metrics.json")
+    assert metrics["resumed_at_step"] == 2 and metrics["counts"]["negatives"] == 18
+    assert {"global", "igc", "tgc", "distillation"} <= metrics["final"].keys()
+
+
+def test_short_captions_can_be_trained_on():
+    chosen = ["finetune.captions=short", "negatives.captions=short", "finetune.epochs=1"]
+    with pytest.raises(ConfigError, match=r"finetune\.captions = 'short': the TSL terms"):
+        finetune.main(params(*chosen), RecordingTracker())
+    with pytest.raises(ConfigError, match=r"negatives\.captions = 'long', but finetune\.captions = 'short'"):
+        finetune.main(params("objective=degla", "negatives=rules", "finetune.captions=short"), RecordingTracker())
+    write_negatives("ball")
+    seen = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            embedding, "answer", lambda clip, asked, *rest, **more: seen.append(asked) or answer(clip, asked, *rest)
+        )
+        finetune.main(params("objective=degla", "negatives=rules", *chosen), RecordingTracker())
+    metrics = read_json("models/finetune/metrics.json")
+    assert metrics["counts"]["samples"] == 18 and metrics["steps"] == 4
+    ((asked, *_),) = [seen]
+    assert len(asked.short.texts) == 6 and not asked.long.texts  # what is trained on is what is measured
+    assert [record["epoch"] for record in history() if "val_text_to_image_R@1" in record] == [1]
+
+
 def test_another_base_starts_from_the_beginning():
     with killed_after(loop, 3):
         finetune.main(params(), RecordingTracker())
@@ -125,9 +176,10 @@ def test_without_a_validation_split_nothing_is_measured(tmp_path, monkeypatch, i
     assert all("loss" in record for record in history())
 
 
-def test_two_processes_share_the_step(monkeypatch):
+def test_two_processes_share_the_step(monkeypatch, empty_store):
     values = params("finetune.processes=2", "finetune.batch_size=4")
     Path("params.yaml").write_text(yaml.safe_dump(to_dict(values), sort_keys=False))
+    shutil.copy(empty_store, "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{Path.cwd() / 'mlflow.db'}")
     stages.run("finetune")
     shared = history()

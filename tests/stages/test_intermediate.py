@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -169,10 +170,11 @@ def test_the_pairs_of_its_own_data_set_are_read():
     assert read_json("models/intermediate/clip/fast_goal.json")["method"]["weights"]["local"] == 0
 
 
-def test_two_processes_share_the_step(monkeypatch):
+def test_two_processes_share_the_step(monkeypatch, empty_store):
     """As many as its own section asks for."""
     values = params(*FIRST, "intermediate.training.processes=2", "intermediate.training.batch_size=2")
     Path("params.yaml").write_text(yaml.safe_dump(to_dict(values), sort_keys=False))
+    shutil.copy(empty_store, "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{Path.cwd() / 'mlflow.db'}")
     stages.run("intermediate")
     metrics = read_json("models/intermediate/metrics.json")
@@ -180,9 +182,10 @@ def test_two_processes_share_the_step(monkeypatch):
     assert len(Path("models/intermediate/history.csv").read_text().splitlines()) == 13
 
 
-def test_without_a_first_stage_one_process_is_enough(monkeypatch):
+def test_without_a_first_stage_one_process_is_enough(monkeypatch, empty_store):
     values = params("intermediate.training.processes=2")
     Path("params.yaml").write_text(yaml.safe_dump(to_dict(values), sort_keys=False))
+    shutil.copy(empty_store, "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{Path.cwd() / 'mlflow.db'}")
     monkeypatch.setattr("fast_goal.training.distributed.launch", lambda *arguments: pytest.fail("processes are started"))
     stages.run("intermediate")

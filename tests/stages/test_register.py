@@ -1,6 +1,7 @@
 import base64
 import io
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -38,7 +39,7 @@ def png(color: str, size: tuple[int, int] = (40, 30)) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
+def project(tmp_path_factory, empty_store):
     """A project folder with everything the step reads, and a store of its own; the current folder of this module."""
     folder, before = tmp_path_factory.mktemp("project"), Path.cwd()
     with pytest.MonkeyPatch.context() as patch:
@@ -46,6 +47,7 @@ def project(tmp_path_factory):
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
         patch.setenv("FAST_GOAL_PIPELINE_ID", "one")
+        shutil.copy(empty_store, "mlflow.db")
         build_scratch(TINY, 77, seed=0).save(folder / "models/finetune", {"method": "test"})
         info = {"name": "scenes", "source": "scenes", "images": 3, "splits": {"train": 3}, "digest": "0123"}
         write_json(folder / "data/records/scenes.json", info)

@@ -1,22 +1,11 @@
-"""A project folder with its own MLflow store. The migrations of a fresh SQLite store take seconds: made once and copied."""
+"""A project folder with its own MLflow store."""
 
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from fast_goal.config import Params, build
 from fast_goal.configure import compose
-
-
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("store")
-    code = "from mlflow.tracking.client import MlflowClient; MlflowClient('sqlite:///mlflow.db').search_experiments()"
-    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"})
-    return folder / "mlflow.db"
 
 
 @pytest.fixture

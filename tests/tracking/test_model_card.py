@@ -81,3 +81,14 @@ def test_card_names_a_first_stage():
     first, then = card.index("first on `earlier_scenes` with the objective `fast_goal`"), card.index("; then on `scenes` with")
     assert first < card.index("for 3 epochs") < then < card.index("for 5 epochs")
     assert "`earlier_scenes` (training; source `scenes`)" in card
+
+
+def test_card_names_the_parts_of_a_sum_and_the_hard_negatives():
+    def card(*overrides: str) -> str:
+        return model_card(build(Params, compose([*overrides]), "params.yaml"), [], METRICS, {})
+
+    text = card("experiment=demo_degla", "objective=fast_goal_degla", "objective.parts.degla.weight=0.5")
+    assert "`weighted` (1 fast_goal (global 0, local 0.5, tsl_image 1, tsl_text 1); 0.5 degla (global 1, igc 0.1, tgc" in text
+    assert "Hard negatives of the long captions: generator `rules`, at most 4 for each." in text
+    assert "`degla` (global 1, igc 0.1, tgc 0.1, distillation 0.005)" in card("experiment=demo_degla")
+    assert "Hard negatives" not in card()

@@ -97,3 +97,36 @@ def make_scenes(tmp_path) -> Callable[..., tuple[Dataset, pd.DataFrame]]:
         return Dataset(name="tiny", root=root, records=records), pd.DataFrame(pairs)
 
     return make
+
+
+@pytest.fixture
+def make_negatives() -> Callable[..., pd.DataFrame]:
+    """Makes hard negatives of the scenes' captions: of image i there are i % 4 for every caption, another colour in each, in a
+    table whose order is not that of the images."""
+
+    def make(dataset: Dataset) -> pd.DataFrame:
+        rows = []
+        for number in range(3):
+            for index, record in enumerate(dataset.split("train").itertuples()):
+                colour, other = (COLOURS[(index + shift) % len(COLOURS)] for shift in (0, number + 1))
+                for caption in (*record.captions, record.long_caption):
+                    negative = caption.replace(colour, other)
+                    if number < index % 4:
+                        rows.append({"image_id": record.image_id, "caption": caption, "negative": negative})
+        return pd.DataFrame(rows).assign(type="replace_adjectives", generator="test", seed=0)
+
+    return make
+
+
+@pytest.fixture
+def degla():
+    """Makes the objective, with the weights given."""
+    from fast_goal.objectives import make_objective
+
+    def make(**weights: float):
+        weights = {"global": 1.0, "igc": 0.5, "tgc": 0.5, "distillation": 0.3} | weights
+        return make_objective(
+            {"name": "degla", "weights": weights, "distillation": "sum", "tgc_scale": 10.0, "teacher_decay": 0.5}
+        )
+
+    return make

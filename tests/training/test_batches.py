@@ -25,8 +25,9 @@ from fast_goal.training.order import EpochBatches, spread
 
 
 def same(a, b) -> bool:
-    return a.rank_pairs == b.rank_pairs and all(
-        torch.equal(value, vars(b)[name]) for name, value in vars(a).items() if isinstance(value, torch.Tensor)
+    return all(
+        torch.equal(value, vars(b)[name]) if isinstance(value, torch.Tensor) else value == vars(b)[name]
+        for name, value in vars(a).items()
     )
 
 
@@ -50,7 +51,7 @@ def test_batch_holds_what_the_tables_say(make_scenes, tiny_clip):
         first, last = batch.spans[row].tolist()
         # the sentence's own tokens, without start and end, are those of its span
         alone, lengths = tokenize([pair.sentence], 40)
-        assert batch.long_tokens[row, first:last].tolist() == alone[0, 1 : int(lengths[0]) - 1].tolist()
+        assert batch.caption_tokens[row, first:last].tolist() == alone[0, 1 : int(lengths[0]) - 1].tolist()
         assert batch.sentence_tokens[row, : int(lengths[0])].tolist() == alone[0, : int(lengths[0])].tolist()
 
 
@@ -64,7 +65,7 @@ def test_the_settings_reach_the_samples(make_scenes, tiny_clip, tmp_path, monkey
     dataset, pairs = make_scenes()
     second = pairs.assign(rank=2, x1=0.0, weight=0.5)
     pairs = pd.concat([pairs.assign(weight=0.5), second])
-    needs = SimpleNamespace(needs_local=True, alignment="goal")
+    needs = SimpleNamespace(needs_local=True, needs_pooled=True, needs_negatives=False, alignment="goal")
     cpu = torch.device("cpu")
 
     def made(objective=needs, **changes):
@@ -75,7 +76,8 @@ def test_the_settings_reach_the_samples(make_scenes, tiny_clip, tmp_path, monkey
     assert same(batch, PairDataset(dataset, "train", pairs, tiny_clip(), alignment="goal", group=Group(1, 2))[[4, 2, 1, 0]])
     assert same(made(pixel_cache=True)[[4, 2, 1, 0]], batch) and len(list(Path(".fast_goal/pixels").glob("*.views"))) == 2
     assert made(pairs="all")[[4, 2, 1, 0]].rank_pairs == (4, 4)
-    assert made(SimpleNamespace(needs_local=False, alignment="exact")).counts.keys().isdisjoint({"pairs"})
+    plain = SimpleNamespace(needs_local=False, needs_pooled=False, needs_negatives=False, alignment="exact")
+    assert made(plain).counts.keys().isdisjoint({"pairs", "negatives"})
     assert made(scaled_decoding=True).views.scaled and not made().views.scaled
     with pytest.raises(ConfigError, match=r"finetune\.decode = 'gpu' needs a CUDA device"):
         made(decode="gpu")
@@ -100,7 +102,7 @@ def test_texts_are_trimmed_per_batch(make_scenes, tiny_clip):
     dataset, pairs = make_scenes()
     dataset.records.loc[dataset.records["image_id"] == "image3", "long_caption"] += " And" * 12 + "."
     samples = PairDataset(dataset, "train", pairs, tiny_clip())
-    short, long = samples[[0, 1]].long_tokens, samples[[0, 3]].long_tokens
+    short, long = samples[[0, 1]].caption_tokens, samples[[0, 3]].caption_tokens
     assert long.shape[1] >= short.shape[1] + 10
     assert torch.equal(long[0, : short.shape[1]], short[0])
     assert samples[[0, 1]].sentence_tokens.shape[1] < short.shape[1]
@@ -156,7 +158,7 @@ def test_counts_of_what_is_not_visible(make_scenes, tiny_clip, caplog):
     }
     batch = samples[[3]]  # image4: image1 is left out
     assert batch.boxes.tolist() == [[0, 0, 0, 0]]
-    assert "1 of 11 samples have no long caption" in caplog.text
+    assert "1 of 12 images have no long caption" in caplog.text
     hidden = PairDataset(dataset, "train", pairs, tiny_clip(context_length=8))
     assert hidden.counts["without_visible_span"] == 11 and hidden[[0]].spans.tolist() == [[0, 0]]
 
@@ -242,10 +244,9 @@ def test_batch_moves_whole(make_scenes, tiny_clip):
     batch = PairDataset(dataset, "train", pairs, tiny_clip())[[0, 1]]
     moved = batch.to(torch.device("meta"))
     assert {
-        field.name
-        for field in dataclasses.fields(moved)
-        if field.name != "rank_pairs" and getattr(moved, field.name).device.type != "meta"
+        name for name, value in vars(moved).items() if isinstance(value, torch.Tensor) and value.device.type != "meta"
     } == set()
+    assert sum(isinstance(value, torch.Tensor) for value in vars(moved).values()) == 11
 
 
 def test_a_worker_ends_with_the_training_it_works_for():

@@ -33,6 +33,24 @@ def test_round_trip_restores_everything(tmp_path):
         assert all(torch.equal(slot[name], other_slot[name]) for name in slot)
 
 
+def test_average_and_teacher_are_kept_apart(tmp_path):
+    (model, optimizer), average, teacher = trained(3), trained(2)[0], trained(1)[0]
+    save_state(tmp_path / "a.pt", "key", model, optimizer, {"step": 3}, average, 1, teacher)
+    others = [trained(0)[0] for _ in range(2)]
+    load_state(tmp_path / "a.pt", "key", *trained(0), *others)
+    assert torch.equal(others[0].weight, average.weight) and torch.equal(others[1].weight, teacher.weight)
+
+
+def test_a_state_of_another_version_is_left_alone(tmp_path, caplog):
+    save_state(tmp_path / "a.pt", "key", *trained(3), {"step": 3})
+    former = tmp_path / "a.00000003.pt"
+    state = torch.load(former, weights_only=True)
+    del state["teacher"]
+    torch.save(state | {"version": VERSION - 1}, former)
+    assert load_state(tmp_path / "a.pt", "key", *trained(0)) is None
+    assert "a.00000003.pt belongs to other parameters" in caplog.text and former.exists()
+
+
 def test_no_state_is_none(tmp_path):
     assert load_state(tmp_path / "a.pt", "key", *trained(0)) is None
 

@@ -21,6 +21,7 @@ from fast_goal.training.checkpoint import states
 from fast_goal.training.distributed import Disconnected, Group, check_batch, check_step, connected, launch, processes
 from fast_goal.training.loop import finetune
 
+DEGLA = {"global": 1.0, "local": 0.0}  # what it looks at besides is in `degla`
 SCRIPT = textwrap.dedent(
     """
     import os, pickle, signal, sys, time
@@ -60,11 +61,11 @@ SCRIPT = textwrap.dedent(
     if "SGD" in happens:
         loop.make_optimizer = lambda groups, rate, decay: torch.optim.SGD(groups, rate, 0.9, weight_decay=decay)
     with process_group(device) as group:
-        for number, (dataset, pairs, clip, objective, config) in enumerate(jobs):
+        for number, (dataset, pairs, clip, objective, config, *negatives) in enumerate(jobs):
             gradients.clear()
             path = folder / f"state{number or ''}.pt"
             loop.finetune(clip, dataset, pairs, objective, config, seed=5, device=device, state_path=path, state_key="key",
-                          group=group)
+                          group=group, negatives=negatives[0] if negatives else None)
             torch.save([gradients[0], clip.state_dict()], folder / f"rank{group.rank}-{number}.pt")
     """
 )
@@ -84,7 +85,7 @@ def several_jobs(folder, jobs):
     ]
 
 
-def one_process(folder, dataset, pairs, clip, objective, config, monkeypatch):
+def one_process(folder, dataset, pairs, clip, objective, config, monkeypatch, negatives=None):
     first = []
 
     class Noted(loop.TrainStep):
@@ -97,7 +98,8 @@ def one_process(folder, dataset, pairs, clip, objective, config, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(loop, "TrainStep", Noted)
         device = torch.device("cpu")
-        finetune(clip, dataset, pairs, objective, config, seed=5, device=device, state_path=folder / "one.pt", state_key="k")
+        more = {"state_path": folder / "one.pt", "state_key": "k", "negatives": negatives}
+        finetune(clip, dataset, pairs, objective, config, seed=5, device=device, **more)
     return first[0]
 
 
@@ -120,8 +122,9 @@ def test_two_processes_equal_one(make_scenes, tiny_clip, tmp_path, monkeypatch, 
     assert states(tmp_path / "state.pt")
 
 
-def test_what_the_objective_does_not_look_at_stays(make_scenes, tiny_clip, tmp_path, monkeypatch):
-    """The weights after three steps, with a weight decay that would show, and with a process or a part without any pair."""
+def test_what_the_objective_does_not_look_at_stays(make_scenes, make_negatives, degla, tiny_clip, tmp_path, monkeypatch):
+    """The weights after three steps, with a weight decay that would show, and with a process or a part without any pair or
+    hard negative."""
     monkeypatch.setenv("HAPPENS", "SGD")
     monkeypatch.setattr(
         loop, "make_optimizer", lambda groups, rate, decay: torch.optim.SGD(groups, rate, 0.9, weight_decay=decay)
@@ -138,10 +141,16 @@ def test_what_the_objective_does_not_look_at_stays(make_scenes, tiny_clip, tmp_p
         "local in parts": (none | {"local": 1.0}, few, {"accumulate": 3}, 1e-5),
         "frozen": (WEIGHTS, pairs, {"freeze": ["text"], "accumulate": 2}, 1e-5),
         "bf16": (WEIGHTS, pairs, {"precision": "bf16"}, 3e-2),
+        "degla": (DEGLA, pairs, {}, 1e-5),
+        "degla in parts": (DEGLA, pairs, {"accumulate": 2}, 1e-5),
+        "degla for few": (DEGLA, pairs, {"accumulate": 3}, 1e-5),
     }
+    every = make_negatives(dataset)
+    hard = {"degla": every, "degla in parts": every, "degla for few": every[every.image_id == "image3"]}
+    objectives = {case: degla() if case in hard else fast_goal(weights) for case, (weights, *_) in cases.items()}
     jobs = [
-        (dataset, table, tiny_clip(), fast_goal(weights), replace(config, **settings))
-        for weights, table, settings, _ in cases.values()
+        (dataset, table, tiny_clip(), objectives[case], replace(config, **settings), hard.get(case))
+        for case, (_, table, settings, _) in cases.items()
     ]
     shared = several_jobs(tmp_path, jobs)
     start = tiny_clip().state_dict()
@@ -149,11 +158,16 @@ def test_what_the_objective_does_not_look_at_stays(make_scenes, tiny_clip, tmp_p
         whole = tiny_clip()
         settings = {name: value for name, value in settings.items() if name != "accumulate"}
         (tmp_path / case).mkdir()
-        one_process(tmp_path / case, dataset, table, whole, fast_goal(weights), replace(config, **settings), monkeypatch)
+        settings = replace(config, **settings)
+        one_process(tmp_path / case, dataset, table, whole, objectives[case], settings, monkeypatch, hard.get(case))
         still = {"tsl_image": "text", "tsl_text": "image", "no pair": "text", "frozen": "text"}.get(
             case.removesuffix(" in parts")
         )
         scale_stays = not weights["global"] and not weights["local"]
+        if case in hard:
+            teachers = [torch.load(file, weights_only=True)["teacher"] for file in taught(tmp_path, case, list(cases))]
+            for name, value in teachers[0].items():
+                torch.testing.assert_close(teachers[1][name], value, atol=tolerance, rtol=0)
         for name, value in whole.named_parameters():
             assert torch.equal(ranks[0][1][name], ranks[1][1][name]), (case, name)
             torch.testing.assert_close(
@@ -163,6 +177,12 @@ def test_what_the_objective_does_not_look_at_stays(make_scenes, tiny_clip, tmp_p
             stays = tower == still or (tower == "both" and scale_stays)
             if stays or value.ndim != 1:  # a bias of 0 does not decay
                 assert torch.equal(value, start[name]) == stays, (case, name)
+
+
+def taught(folder, case, cases):
+    """The last states of two processes and of one."""
+    paths = folder / f"state{cases.index(case) or ''}.pt", folder / case / "one.pt"
+    return [next(iter(states(path).values())) for path in paths]
 
 
 def started(folder, job):

@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fast_goal.objectives import make_objective
+from fast_goal.training.average import Average
 from fast_goal.training.batches import PairDataset
 from fast_goal.training.schedule import make_optimizer
 from fast_goal.training.step import TrainStep
@@ -116,16 +117,37 @@ OBJECTIVES = {
 }
 
 
-def trained(make_scenes, clip, objective, parts, device, pairs_of=None, **settings):
-    """A step as a function, after one that made the optimiser's state."""
+OBJECTIVES["degla"] = make_objective(
+    {
+        "name": "degla",
+        "weights": {"global": 1.0, "igc": 0.1, "tgc": 0.1, "distillation": 0.005},
+        "distillation": "sum",
+        "tgc_scale": 10.0,
+        "teacher_decay": 0.9996,
+    }
+)
+
+
+def trained(make_scenes, make_negatives, clip, objective, parts, device, pairs_of=None, **settings):
+    """A step, with that of the teacher, as a function, after one that made the optimiser's state."""
     dataset, pairs = make_scenes()
     pairs = pairs.drop([4, 7]) if pairs_of is None else pairs[pairs.image_id.isin(pairs_of)]
-    samples = PairDataset(dataset, "train", pairs, clip, local=objective.needs_local, alignment=objective.alignment)
+    needs = {"local": objective.needs_local, "alignment": objective.alignment}
+    negatives = make_negatives(dataset) if objective.needs_negatives else None
+    samples = PairDataset(dataset, "train", pairs, clip, **needs, negatives=negatives)
     batches = [samples[[7, 1, 4, 2, 5]], samples[[0, 3, 4, 9, 7]]]
-    step = TrainStep(clip.to(device), objective, make_optimizer(clip.parameters(), 1e-3, 0.1), **settings)
+    optimizer, decay = make_optimizer(clip.to(device).parameters(), 1e-3, 0.1), objective.teacher_decay
+    teacher = None if decay is None else Average(clip, decay, from_start=True)
+    step = TrainStep(clip, objective, optimizer, **settings, teacher=teacher and teacher.model)
     batches = [[part.to(device) for part in batch.split(parts)] for batch in batches]
-    step(batches[0])
-    return lambda: step(batches[1])
+
+    def run(number=1):
+        step(batches[number])
+        if teacher is not None:
+            teacher.update(number + 1)
+
+    run(0)
+    return run
 
 
 @pytest.mark.parametrize(
@@ -135,26 +157,27 @@ def trained(make_scenes, clip, objective, parts, device, pairs_of=None, **settin
         ("fast_goal", 1, {"gradient_clip": 1.0, "max_logit_scale": 100.0}),
         ("fast_goal", 3, {"gradient_clip": 1.0, "max_logit_scale": 100.0, "dtype": torch.bfloat16}),
         ("identity", 1, {"dtype": torch.bfloat16}),
+        ("degla", 3, {"dtype": torch.bfloat16}),
         ("fast_goal", 2, {"pairs_of": []}),
     ],
 )
-def test_a_step_does_not_wait(make_scenes, tiny_clip, objective, parts, settings):
-    run = trained(make_scenes, tiny_clip(), OBJECTIVES[objective], parts, torch.device("cpu"), **settings)
+def test_a_step_does_not_wait(make_scenes, make_negatives, tiny_clip, objective, parts, settings):
+    run = trained(make_scenes, make_negatives, tiny_clip(), OBJECTIVES[objective], parts, torch.device("cpu"), **settings)
     assert syncs(run) == []
 
 
-def test_a_step_with_checkpointed_activations_does_not_wait(make_scenes, tiny_clip):
+def test_a_step_with_checkpointed_activations_does_not_wait(make_scenes, make_negatives, tiny_clip):
     clip = tiny_clip()
     clip.checkpointed()
-    assert syncs(trained(make_scenes, clip, OBJECTIVES["fast_goal"], 1, torch.device("cpu"))) == []
+    assert syncs(trained(make_scenes, make_negatives, clip, OBJECTIVES["fast_goal"], 1, torch.device("cpu"))) == []
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_step_on_the_gpu_does_not_wait(make_scenes, tiny_clip, objective, parts):
+def test_a_step_on_the_gpu_does_not_wait(make_scenes, make_negatives, tiny_clip, objective, parts):
     settings = {"gradient_clip": 1.0, "max_logit_scale": 100.0}
-    run = trained(make_scenes, tiny_clip(), OBJECTIVES[objective], parts, torch.device("cuda"), **settings)
+    run = trained(make_scenes, make_negatives, tiny_clip(), OBJECTIVES[objective], parts, torch.device("cuda"), **settings)
     torch.cuda.set_sync_debug_mode("error")
     try:
         run()

@@ -1,20 +1,23 @@
 """The estimate of a step's memory against what the CPU's allocator, and a GPU, really hand out."""
 
 import dataclasses
+import itertools
 from itertools import pairwise
 
 import pytest
 import torch
-from test_loop import CONFIG, fast_goal
+from test_loop import CONFIG, GLOBAL, fast_goal
 from torch.profiler import ProfilerActivity, profile
 
 from fast_goal.model.clip import build_scratch
+from fast_goal.objectives import given
 from fast_goal.training.batches import Batch
 from fast_goal.training.memory import Float32Norm, Inputs, Plan, StepMemory, encoding_peak, fake, fake_batch, objective_peak
 from fast_goal.training.schedule import make_optimizer
 from fast_goal.training.step import ENCODED, TrainStep, batch_features
 
 INPUTS = Inputs(caption_tokens=40, sentence_tokens=12, pairs=1)
+HARD = INPUTS._replace(negative_tokens=38, negatives=2)
 SAMPLES = 384  # the embedding's gradient, which a fake tensor adds up less sparingly, is small beside their activations
 PLAIN = Plan(bf16=False, checkpointing=False, accumulate=1)
 
@@ -36,7 +39,7 @@ def real_batch(clip, count: int, inputs: Inputs = INPUTS, device: str = "cpu") -
     size = clip.image_size
     batch = Batch(
         images=torch.randint(0, 256, (2 * count, 3, size, size), dtype=torch.uint8),
-        long_tokens=torch.randint(1, 1000, (count, inputs.caption_tokens)),
+        caption_tokens=torch.randint(1, 1000, (count, inputs.caption_tokens)),
         sentence_tokens=torch.randint(1, 1000, (count, inputs.sentence_tokens)),
         local_rows=torch.arange(count),
         boxes=torch.tensor([[0.0, 0.0, 20.0, 20.0]]).repeat(count, 1),
@@ -44,6 +47,11 @@ def real_batch(clip, count: int, inputs: Inputs = INPUTS, device: str = "cpu") -
         regions=torch.zeros(count, 4),
         local_weights=torch.ones(count),
         rank_pairs=(count,),
+        negative_tokens=torch.randint(1, 1000, (count * inputs.negatives, inputs.negative_tokens)),
+        negative_rows=torch.arange(count).repeat_interleave(inputs.negatives),
+        negative_slots=torch.arange(inputs.negatives).repeat(count),
+        negative_count=inputs.negatives,
+        rank_negatives=(count * inputs.negatives,),
     )
     return batch.to(torch.device(device))
 
@@ -61,13 +69,14 @@ def allocated(run) -> int:
 
 
 def backward(features) -> None:
-    wanted = [value for name in ENCODED if (value := getattr(features, name)).requires_grad]
+    wanted = [value for value in given(features, ENCODED).values() if value.requires_grad]
     torch.autograd.backward(wanted, [torch.ones_like(value) for value in wanted])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("bf16", [False, True])
-def test_the_estimate_is_what_the_allocator_hands_out(fake_clip, tiny_clip, bf16, checkpointing):
+@pytest.mark.parametrize(
+    ("bf16", "checkpointing", "inputs"), [*itertools.product([False, True], [False, True], [INPUTS]), (False, False, HARD)]
+)
+def test_the_estimate_is_what_the_allocator_hands_out(fake_clip, tiny_clip, bf16, checkpointing, inputs):
     clip = tiny_clip(INPUTS.caption_tokens).train()
     clip.checkpointed(checkpointing)
     for module in clip.modules():  # on the CPU, layer norms in float32 are the only thing to do as CUDA does it
@@ -75,9 +84,9 @@ def test_the_estimate_is_what_the_allocator_hands_out(fake_clip, tiny_clip, bf16
             module.forward = Float32Norm(module.forward)
     for parameter in clip.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    batch = real_batch(clip, SAMPLES)
-    measured = allocated(lambda: backward(batch_features(clip, batch, torch.bfloat16 if bf16 else None)))
-    estimate = encoding_peak(fake_clip, fake_batch(fake_clip, INPUTS, SAMPLES), bf16, checkpointing)
+    batch, hard = real_batch(clip, SAMPLES, inputs), inputs.negatives > 0
+    measured = allocated(lambda: backward(batch_features(clip, batch, torch.bfloat16 if bf16 else None, negatives=hard)))
+    estimate = encoding_peak(fake_clip, fake_batch(fake_clip, inputs, SAMPLES), bf16, checkpointing, negatives=hard)
     assert estimate == pytest.approx(measured, rel=0.05)
 
 
@@ -116,12 +125,11 @@ def test_the_objective_grows_with_the_square_of_the_batch(fake_clip):
     first, second, third = (objective_peak(clip, objective, count, 1)[0] for count in (1024, 2048, 4096))
     assert 3 < second / first < 4 < third / second * 1.1
     dim = clip.embed_dim
-    features = [torch.rand(1024, dim).requires_grad_() for _ in ENCODED]
+    leaves = {name: torch.rand(1024, dim).requires_grad_() for name in ENCODED if name != "text_negatives"}
 
     def run() -> None:
         from fast_goal.objectives import Features
 
-        leaves = dict(zip(ENCODED, features, strict=True))
         rest = {name: torch.ones(1024) for name in ("region_weight", "sentence_weight", "local_weight")}
         rows, scale = torch.arange(1024), torch.ones((), requires_grad=True)
         objective(Features(**leaves, **rest, local_rows=rows, local_boxes=torch.ones(1024, 4), scale=scale))["loss"].backward()
@@ -141,6 +149,20 @@ def test_fixed_bytes(memory, fake_clip):
     frozen = memory(freeze=["image"]).need(PLAIN, 64)
     text = sum(value.numel() for name, value in fake_clip.named_parameters() if ".visual." not in name)
     assert frozen.gradients == 4 * text and frozen.activations < need.activations
+
+
+def test_negatives_and_teacher_are_counted(fake_clip, degla):
+    def need(objective):
+        return StepMemory(fake_clip, objective, CONFIG, HARD).need(PLAIN, 64)
+
+    plain, hard, taught = need(fast_goal(GLOBAL)), need(degla(tgc=0.0, distillation=0.0)), need(degla())
+    assert (plain.teacher, hard.teacher, taught.teacher) == (0, 0, plain.weights)
+    assert hard.inputs - plain.inputs == 64 * 2 * (38 + 1 + 1) * 8
+    # two more texts of 38 tokens beside one of 40: far more than what the objective makes of them
+    text = encoding_peak(fake_clip, fake_batch(fake_clip, Inputs(40, 0, 0), 128), False, False, negatives=True)
+    texts = encoding_peak(fake_clip, fake_batch(fake_clip, HARD._replace(pairs=0), 128), False, False, negatives=True)
+    assert hard.activations - plain.activations >= 0.9 * (texts - text) / 2 > 0
+    assert taught.fixed - hard.fixed == plain.weights and taught.activations > hard.activations
 
 
 def test_more_samples_need_more(memory):

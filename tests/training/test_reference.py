@@ -24,8 +24,9 @@ from fast_goal.training.batches import PairDataset
 from fast_goal.training.step import TrainStep
 
 OBJECTIVES = {
-    path.stem: yaml.safe_load(path.read_text())
+    path.stem: values
     for path in sorted(Path(fast_goal.__file__).parent.glob("conf/objective/*.yaml"))
+    if (values := yaml.safe_load(path.read_text()))["name"] == "fast_goal"
 }
 DEFAULT = OBJECTIVES["fast_goal"]
 RESIZE_MODES = {"crop": "shortest", "squash": "squash", "pad": "longest"}

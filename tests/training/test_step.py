@@ -89,6 +89,7 @@ def test_tokens_are_pooled_only_for_who_looks_at_them(samples, tiny_clip, monkey
     class Pooling:
         def __init__(self, objective):
             self.objective, self.needs_pooled = objective, True
+            self.needs_negatives, self.teacher_decay = False, None
 
         def __call__(self, features):
             assert features.region is not None and features.sentence_weight is not None

@@ -95,13 +95,19 @@ def settings(wanted: Mapping[str, Any], current: Mapping[str, Any], prefix: str 
         if isinstance(value, Mapping) and isinstance(before, Mapping):
             yield from settings(value, before, f"{key}.")
         elif isinstance(value, Mapping) or isinstance(before, Mapping):
-            yield f"~{key}"
+            yield from _removed(key, before)
             yield f"+{key}={literal(value)}"
         elif canonical(value) != canonical(before):
             yield f"{key}={literal(value)}"
-    for name in current:
+    for name, before in current.items():
         if name not in wanted:
-            yield f"~{prefix}{name}"
+            yield from _removed(f"{prefix}{name}", before)
+
+
+def _removed(key: str, before: Any) -> Iterator[str]:
+    if before is None:
+        yield f"{key}=0"  # Hydra takes a null for a key that is not there
+    yield f"~{key}"
 
 
 def literal(value: Any) -> str:

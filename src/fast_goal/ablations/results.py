@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fast_goal.ablations.tables import Column, Row, Table
+from fast_goal.ablations.tables import ROMAN, Column, Row, Table
 from fast_goal.config import Params
 from fast_goal.evaluation import published
 from fast_goal.files import atomic_path, write_text
@@ -211,7 +211,7 @@ def _paper(table: Table, row: Row, column: Column, dataset: str, run: Measured) 
         images=about["images"],
         task=task,
         captions=about.get("captions"),
-        table=table.name,
+        table=table.name if ROMAN.fullmatch(table.name) else None,
     )
     return found.value, found.words
 

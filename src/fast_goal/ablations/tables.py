@@ -15,6 +15,7 @@ from fast_goal.errors import ConfigError
 
 FOLDER = CONF / "ablation"
 NAME = re.compile(r"[a-z][a-z0-9_]*")  # of an arm: it becomes part of a git reference
+ROMAN = re.compile(r"[IVX]+")  # the name of a table of the paper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +56,9 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """One of the paper's tables."""
+    """One of the paper's tables, or one of our own."""
 
-    name: str  # its Roman number
+    name: str  # its Roman number in the paper, a word for one of our own
     title: str
     about: str  # what the paper found, and what to bear in mind
     experiment: str
@@ -84,8 +85,10 @@ class Table:
 
 
 def names() -> list[str]:
-    """The tables there are."""
-    return sorted((path.stem for path in FOLDER.glob("*.yaml")), key=_number)
+    """The tables there are: the paper's, then our own."""
+    return sorted(
+        (path.stem for path in FOLDER.glob("*.yaml")), key=lambda name: (not ROMAN.fullmatch(name), _number(name), name)
+    )
 
 
 def load(name: str, folder: Path = FOLDER) -> Table:

@@ -143,6 +143,14 @@ def caption_columns(records: pd.DataFrame, lengths: CaptionLengths, language: st
     return pd.DataFrame(columns)
 
 
+def language_of(text: str) -> str | None:
+    """The language of a text, None where it is too short to tell or the guess is not sure."""
+    if sum(map(str.isalpha, text)) < LETTERS:
+        return None
+    guess, probability = _identifier().classify(text)
+    return guess if probability >= SURE else None
+
+
 def quote(text: str, length: int = 60) -> str:
     """The beginning of a text, as a Python string."""
     return repr(text if len(text) <= length else f"{text[:length]}…")

@@ -15,10 +15,12 @@ from typing import Any, Literal
 import pandas as pd
 
 from fast_goal.data.data_docs import Result, make_local
+from fast_goal.errors import ValidationError
 
 Severity = Literal["critical", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("critical", "warning", "info")  # the worst first; the words of Great Expectations
 EXAMPLES = 10  # failing rows kept for the reports
+EXAMPLES_SHOWN = 3  # of them in an error message
 COMPLETE_ROWS = 50_000  # a table of more has 20 failing rows in the Data Docs: listing 150,000 takes Great Expectations 20 s
 
 
@@ -119,6 +121,19 @@ def check(suites: Sequence[Suite], docs: Path, run_name: str = "validate") -> li
     context.build_data_docs()
     make_local(docs, [_result(suite, outcomes) for suite in suites])
     return outcomes
+
+
+def stop_on_failure(outcomes: Sequence[Outcome], summary: Path, docs: Path) -> None:
+    """Raises ValidationError where critical rules failed, with the first rows of each. summary, docs: the reports, to name."""
+    failures = [outcome for outcome in outcomes if outcome.critical_failure]
+    if not failures:
+        return
+    count = f"{len(failures)} critical expectation{'s' if len(failures) > 1 else ''} failed"
+    lines = [f"{count}; {summary} lists more rows, {docs / 'index.html'} shows all."]
+    for outcome in failures:
+        head, *rest = outcome.lines(EXAMPLES_SHOWN)
+        lines += [head, *(f"    {line}" for line in rest)]
+    raise ValidationError("\n".join(lines))
 
 
 def _result(suite: Suite, outcomes: Sequence[Outcome]) -> Result:

@@ -63,7 +63,7 @@ def resolve(address: str) -> HubFile:
     where = {"repo_id": place.id, "filename": place.path_in_repo, "repo_type": place.type, "revision": place.revision}
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
     token = os.environ.get("HF_TOKEN", "")
-    if _offline():
+    if offline():
         cached = try_to_load_from_cache(**where)
         if isinstance(cached, str):
             return HubFile(address, {}, Path(cached).stat().st_size, None, Path(cached))
@@ -94,5 +94,5 @@ def resolve(address: str) -> HubFile:
     return HubFile(fixed, headers, facts.size, checksum)
 
 
-def _offline() -> bool:
+def offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}

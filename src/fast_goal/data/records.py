@@ -2,8 +2,9 @@
 
 One schema each, here and nowhere else; it is checked when a table is written and when it is read. A data set `NAME`
 is, in `data/records/`: `NAME.parquet` (records), `NAME.json` (where its files are, counts, digest),
-`NAME_skipped.parquet`; `NAME_hashes.parquet` where the images were decoded; and, where the source knows what is in the
-pictures, `NAME_truth.parquet` and `NAME_objects.parquet`.
+`NAME_skipped.parquet`; `NAME_hashes.parquet` where the images were decoded; where the source knows what is in the
+pictures, `NAME_truth.parquet` and `NAME_objects.parquet`; and, where there are true and false captions to choose from or
+classes to tell apart, `NAME_choices.parquet` and `NAME_labels.parquet`.
 
 Boxes are float pixels of the original image after its EXIF rotation, x2 and y2 exclusive.
 """
@@ -129,7 +130,50 @@ SKIPPED = _schema(
     },
 )
 
-_SUFFIXES = {"records": "", "skipped": "_skipped", "truth": "_truth", "objects": "_objects", "hashes": "_hashes"}
+CHOICES = _schema(
+    "choices",
+    "download",
+    {
+        "image_id": pa.string(),
+        **_BOX,  # what of the image is shown: the whole of it, where the suite cuts nothing out
+        "suite": pa.string(),  # evaluation/tasks/composition.py says how each is summed up
+        "group": pa.string(),  # within the suite: a kind of foil, a relation, a piece
+        "caption": pa.string(),
+        "foils": pa.list_(pa.string()),  # one at least; false of what is shown
+    },
+)
+LABELS = _schema(
+    "labels",
+    "download",
+    {
+        "image_id": pa.string(),
+        **_BOX,  # what of the image is shown
+        "suite": pa.string(),  # the set of classes, a key of `Dataset.classes`
+        "label": pa.string(),  # one of its names
+    },
+)
+NEGATIVES = _schema(
+    "negatives",
+    "negatives",
+    {
+        "image_id": pa.string(),
+        "caption": pa.string(),  # the true one, in full
+        "negative": pa.string(),
+        "type": pa.string(),  # one of config.NEGATIVE_TYPES
+        "generator": pa.string(),
+        "seed": pa.int64(),
+    },
+)
+
+_SUFFIXES = {
+    "records": "",
+    "skipped": "_skipped",
+    "truth": "_truth",
+    "objects": "_objects",
+    "hashes": "_hashes",
+    "choices": "_choices",
+    "labels": "_labels",
+}
 
 
 def write_table(path: Path | str, rows: pd.DataFrame | Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
@@ -179,6 +223,8 @@ class Dataset:
     know what is in the pictures, `hashes` where it did not decode the images. `digest` changes with any value of the
     records, the images' content included. `published` counts the samples of the publication's own splits, under its own
     names, before anything was left out; `facts` is what is published about the set (`data.sources.Facts` as a mapping).
+    `choices` and `labels` are None where nothing is to be chosen or classified; `classes` maps each suite of `labels` to the
+    `names` of its classes and the `templates` of their captions, in which {} stands for the name.
     """
 
     name: str
@@ -191,6 +237,9 @@ class Dataset:
     hashes: pd.DataFrame | None = None
     published: Mapping[str, int] = dataclasses.field(default_factory=dict)
     facts: Mapping[str, Any] | None = None
+    choices: pd.DataFrame | None = None
+    labels: pd.DataFrame | None = None
+    classes: Mapping[str, Mapping[str, list[str]]] = dataclasses.field(default_factory=dict)
 
     def split(self, *names: str) -> pd.DataFrame:
         """The records of the named splits, in the order of the table, numbered from 0. Raises DataError for a word
@@ -215,7 +264,10 @@ def write_dataset(
     truth: pd.DataFrame | Iterable[Mapping[str, Any]] | None = None,
     objects: pd.DataFrame | Iterable[Mapping[str, Any]] | None = None,
     hashes: pd.DataFrame | Iterable[Mapping[str, Any]] | None = None,
+    choices: pd.DataFrame | Iterable[Mapping[str, Any]] | None = None,
+    labels: pd.DataFrame | Iterable[Mapping[str, Any]] | None = None,
     *,
+    classes: Mapping[str, Mapping[str, list[str]]] | None = None,
     source: str,
     published: Mapping[str, int] | None = None,
     facts: Mapping[str, Any] | None = None,
@@ -241,7 +293,14 @@ def write_dataset(
     (folder / f"{name}.json").unlink(missing_ok=True)
     write_table(paths["records"], frame, RECORDS)
     write_table(paths["skipped"], skipped, SKIPPED)
-    for table, values, schema in (("truth", truth, TRUTH), ("objects", objects, OBJECTS), ("hashes", hashes, HASHES)):
+    others = (
+        ("truth", truth, TRUTH),
+        ("objects", objects, OBJECTS),
+        ("hashes", hashes, HASHES),
+        ("choices", choices, CHOICES),
+        ("labels", labels, LABELS),
+    )
+    for table, values, schema in others:
         if values is None:
             paths[table].unlink(missing_ok=True)
         else:
@@ -255,6 +314,7 @@ def write_dataset(
         "digest": _digest(frame),
         "published": dict(published or {}),
         "facts": dict(facts) if facts is not None else None,
+        "classes": {suite: dict(values) for suite, values in (classes or {}).items()},
     }
     write_json(folder / f"{name}.json", info)
 
@@ -281,6 +341,9 @@ def load_dataset(name: str, folder: Path = RECORDS_FOLDER) -> Dataset:
         hashes=read_table(paths["hashes"], HASHES) if paths["hashes"].exists() else None,
         published=info["published"],
         facts=info["facts"],
+        choices=read_table(paths["choices"], CHOICES) if paths["choices"].exists() else None,
+        labels=read_table(paths["labels"], LABELS) if paths["labels"].exists() else None,
+        classes=info.get("classes", {}),
     )
 
 

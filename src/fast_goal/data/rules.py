@@ -30,12 +30,19 @@ class Seen:
 
 
 def records_rules(
-    config: ValidateConfig, counted: bool, flism: bool, detector_only: bool, long_captions: bool, seen: Seen
+    config: ValidateConfig,
+    counted: bool,
+    flism: bool,
+    detector_only: bool,
+    long_captions: bool,
+    seen: Seen,
+    benchmark: bool = False,
 ) -> list[Rule]:
     """The rules on records.
 
     counted: the counts, which are given for one data set, apply. flism: regions and pairs are expected. detector_only: an
-    image without a detection then rightly has no region. long_captions: the set has some, or should.
+    image without a detection then rightly has no region. long_captions: the set has some, or should. benchmark: its images
+    are shown with texts of its own to choose from; VALSE has images of COCO's training split, so that a copy is a warning.
     """
     decoded = "" if seen.decoded is None else f" of a random sample of {seen.decoded:,}"
     again = "run `dvc repro --force download` to make the records again from the files as they are now"
@@ -91,6 +98,7 @@ def records_rules(
             "remove one of the two copies, or put both into one split",
             "bytes_in_training",
             ("image_path",),
+            severity="warning" if benchmark else "critical",
         ),
         _clean(
             "no_validation_image_in_training",

@@ -105,6 +105,7 @@ def examine(subject: Subject, images: pd.DataFrame, settings: Settings, cosines:
             detector_only=settings.detector_only,
             long_captions=long_captions,
             seen=seen,
+            benchmark=subject.dataset.choices is not None and subject.name not in origins,
         ),
         *rules.optional_rules(table, config, image_size),
     ]

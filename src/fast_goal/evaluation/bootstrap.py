@@ -79,6 +79,49 @@ def interval(
     return Interval(float(numbers.mean()), float(low), float(high))
 
 
+def macro_interval(
+    values: ArrayLike,
+    baseline: ArrayLike | None,
+    parts: ArrayLike,
+    samples: int = 1000,
+    seed: int = 0,
+    groups: Sequence[object] | np.ndarray | None = None,
+) -> Interval:
+    """The interval of a mean of means: of the values of each part, all parts counting alike.
+
+    Args:
+        parts: [n], the part that each value belongs to. Every resample takes the means anew; a part of which it holds
+            nothing is left out of it.
+        values, baseline, samples, seed, groups: as for `interval`, of which this is the result where there is one part.
+
+    Raises:
+        ValueError: as for `interval`, or not one part per value.
+    """
+    numbers, sums, _ = _grouped(values, baseline, groups)
+    part = np.unique(np.asarray(parts), return_inverse=True)[1]
+    if len(part) != len(numbers):
+        raise ValueError(f"expected one part per value: {len(part)} parts for {len(numbers)} values")
+    owner = np.arange(len(numbers)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    several = int(part.max()) + 1
+    rows, index = np.unique(owner * several + part, return_inverse=True)  # the values of one group and part together
+    totals, counts = np.bincount(index, numbers), np.bincount(index)
+    owners, places = rows // several, rows % several
+
+    def mean(times: np.ndarray) -> float:
+        sizes = np.bincount(places, times * counts, several)
+        there = sizes > 0
+        return float((np.bincount(places, times * totals, several)[there] / sizes[there]).mean())
+
+    generator = np.random.default_rng(seed)
+    means = []
+    chunk = max(1, DRAWS_AT_ONCE // len(sums))
+    for start in range(0, samples, chunk):
+        for drawn in generator.integers(len(sums), size=(min(chunk, samples - start), len(sums))):
+            means.append(mean(np.bincount(drawn, minlength=len(sums))[owners]))
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(mean(np.ones(len(rows))), float(low), float(high))
+
+
 def paired_test(
     values: ArrayLike,
     baseline: ArrayLike,

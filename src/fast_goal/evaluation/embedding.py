@@ -1,12 +1,13 @@
 """What the models are asked about one split of a data set, and what one of them makes of it.
 
-Letters: `I` images, `T` texts, `U` distinct texts, `S` sentences with a box, `N` patches, `D` embedding width. Boxes are
-xyxy; of the original image in `Questions`, of the model's input wherever `input` is said.
+Letters: `I` images, `T` texts, `U` distinct texts, `S` sentences with a box, `N` patches, `C` choices or labels, `D` embedding
+width. Boxes are xyxy; of the original image in `Questions`, of the model's input wherever `input` is said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from fast_goal.data.captions import split_sentences
-from fast_goal.data.images import open_image
+from fast_goal.data.images import open_image, touched
 from fast_goal.data.records import Dataset
 from fast_goal.data.sources.scenes.samples import STYLES, scene_of
 from fast_goal.errors import DataError
-from fast_goal.evaluation.features import FeatureStore, ImageFile, embed_images
+from fast_goal.evaluation.features import Box, FeatureStore, ImageFile, embed_images
 from fast_goal.evaluation.localisation import centres_inside, first_hits
 from fast_goal.model.clip import Clip
 
@@ -44,13 +45,35 @@ class Regions(NamedTuple):
     source: Literal["truth", "flism", "none"]  # of the boxes
 
 
+Crop = tuple[int, Box | None]  # row of an image, and whole pixels of it; None: the whole image
+
+
+class Choices(NamedTuple):
+    """True captions, each to be told from its foils by what a crop shows."""
+
+    crops: list[Crop]  # [C]
+    suites: np.ndarray  # str objects [C]
+    groups: np.ndarray  # str objects [C]
+    captions: list[str]  # [C]
+    foils: list[list[str]]  # [C], one at least of each
+
+
+class Labels(NamedTuple):
+    """Crops, each to be put into one of the classes of its suite."""
+
+    crops: list[Crop]  # [C]
+    suites: np.ndarray  # str objects [C]
+    labels: np.ndarray  # str objects [C]
+    classes: Mapping[str, Mapping[str, Sequence[str]]]  # suite -> names, and templates in which {} stands for the name
+
+
 @dataclass(frozen=True)
 class Questions:
     """What the models are asked about one split; the same for every model.
 
     contents: SHA-256 of each image file, empty where it is not known. scenes: for each image the number of its scene;
     images of one scene (twins that differ in one thing) are no independent evidence. None: each image is one. objects: how
-    many each image shows, None where nobody counted.
+    many each image shows, None where nobody counted. choices, labels: None where the split has none.
     """
 
     image_ids: list[str]
@@ -62,6 +85,8 @@ class Questions:
     contents: list[str] = field(default_factory=list)
     scenes: np.ndarray | None = None  # int64 [I]
     objects: np.ndarray | None = None  # int64 [I]
+    choices: Choices | None = None
+    labels: Labels | None = None
 
     @cached_property
     def files(self) -> list[ImageFile]:
@@ -112,7 +137,7 @@ def questions(dataset: Dataset, split: str, pairs: pd.DataFrame | None = None) -
     An image without a long caption is a candidate in long-caption retrieval but asks nothing; so with short ones. The
     boxes are the data set's own truth, or else those of the best FLISM pair of each image (`pairs`), or there are none.
 
-    Raises DataError if the split has no image.
+    Raises DataError if the split has no image, and for choices and labels that cannot be asked.
     """
     records = dataset.split(split).reset_index(drop=True)
     if records.empty:
@@ -148,6 +173,8 @@ def questions(dataset: Dataset, split: str, pairs: pd.DataFrame | None = None) -
         contents=records.content_hash.tolist(),
         scenes=_scenes(dataset, records),
         objects=_objects(dataset, records),
+        choices=_choices(dataset, records),
+        labels=_labels(dataset, records),
     )
 
 
@@ -235,3 +262,66 @@ def _objects(dataset: Dataset, records: pd.DataFrame) -> np.ndarray | None:
         return None
     counts = dataset.objects.image_id.value_counts()
     return records.image_id.map(counts).fillna(0).to_numpy(np.int64)
+
+
+def _choices(dataset: Dataset, records: pd.DataFrame) -> Choices | None:
+    """The choices about the images of the split."""
+    mine = _asked(dataset, "choices", dataset.choices, records)
+    if mine is None:
+        return None
+    foils = [list(found) for found in mine.foils]
+    for image_id, suite, found in zip(mine.image_id, mine.suite, foils, strict=True):
+        if not found:
+            raise DataError(f"data set {dataset.name!r}, choices of {suite!r}, image_id {image_id!r}: no foil, expected one")
+    return Choices(_crops(mine, records), _words(mine.suite), _words(mine.group), mine.caption.tolist(), foils)
+
+
+def _labels(dataset: Dataset, records: pd.DataFrame) -> Labels | None:
+    """The labels of the images of the split, and the classes of their suites."""
+    mine = _asked(dataset, "labels", dataset.labels, records)
+    if mine is None:
+        return None
+    nothing: Mapping[str, list[str]] = {"names": [], "templates": []}
+    classes = {suite: dataset.classes.get(suite, nothing) for suite in mine.suite.unique()}
+    for suite, found in classes.items():
+        names, templates = found["names"], found["templates"]
+        where = f"data set {dataset.name!r}, classes of {suite!r}"
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
+            raise DataError(f"{where}: {repeated[0]!r} stands twice among the names; give the two classes different names")
+        if not templates or any("{}" not in template for template in templates):
+            raise DataError(f"{where}: templates {list(templates)}: expected one at least, each with {{}} for the name")
+        unknown = mine[(mine.suite == suite) & ~mine.label.isin(names)]
+        if len(unknown):
+            first = unknown.iloc[0]
+            raise DataError(
+                f"{where}: the label {first.label!r} of image_id {first.image_id!r} is none of its {len(names)} names"
+            )
+    return Labels(_crops(mine, records), _words(mine.suite), _words(mine.label), classes)
+
+
+def _asked(dataset: Dataset, name: str, table: pd.DataFrame | None, records: pd.DataFrame) -> pd.DataFrame | None:
+    """The rows of a table about the images of the split, None where there are none. Raises DataError for an image that is in
+    no split."""
+    if table is None:
+        return None
+    lost = table[~table.image_id.isin(dataset.records.image_id)]
+    if len(lost):
+        raise DataError(f"data set {dataset.name!r}, {name}: image_id {lost.iloc[0].image_id!r} is none of its records")
+    mine = table[table.image_id.isin(records.image_id)]
+    return mine if len(mine) else None
+
+
+def _crops(mine: pd.DataFrame, records: pd.DataFrame) -> list[Crop]:
+    """What each row shows: the row of its image, and the whole pixels that its box touches."""
+    rows = mine.image_id.map(pd.Series(records.index, index=records.image_id)).to_numpy(np.int64)
+    width, height = records.width.to_numpy(np.int64)[rows], records.height.to_numpy(np.int64)[rows]
+    boxes = touched(mine[["x1", "y1", "x2", "y2"]].to_numpy(np.float64), width, height)  # [C, 4]
+    whole = (boxes == np.stack([0 * width, 0 * height, width, height], 1)).all(1)
+    return [
+        (row, None if everything else (x1, y1, x2, y2))
+        for row, everything, (x1, y1, x2, y2) in zip(rows.tolist(), whole.tolist(), boxes.tolist(), strict=True)
+    ]
+
+
+def _words(column: pd.Series) -> np.ndarray:
+    return column.to_numpy(dtype=object)

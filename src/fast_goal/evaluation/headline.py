@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 MODELS = ("base", "finetuned")
+SUITES = ("composition", "zero_shot")  # tasks that measure each of several suites by itself
 
 
 def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -23,7 +24,17 @@ def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
             for model in (*MODELS, "chance"):
                 found = values["localisation"][model]
                 chosen[f"{name}.localisation.{model}"] = {key: found[key] for key in list(found)[:1]}
+        for task, suite, found in suites_of(values):
+            for model in MODELS:
+                chosen[f"{name}.{task}.{suite}.{model}"] = {key: found[model][key] for key in list(found["difference"])[:1]}
     return flatten(chosen)
+
+
+def suites_of(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """The task, the name and the numbers of every suite of one data set. metrics: by task."""
+    for task in SUITES:
+        for suite, found in metrics.get(task, {}).items():
+            yield task, suite, found
 
 
 def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -50,6 +50,7 @@ SMALL_WORDS = {
     *("is", "are", "was", "were", "be", "been", "can", "has", "have", "see", "seen"),
     *("and", "as", "at", "by", "in", "of", "on", "to"),
 }
+MOST_GROUPS = 24  # of a suite that a picture shows; a guess at what can be read
 NOT_TERMS = {"step", "epoch", "learning_rate", "samples_per_second", "logit_scale"}
 STYLE = {
     "font.size": 11,
@@ -217,6 +218,57 @@ def draw_hits(metrics: Mapping[str, Any], ks: Sequence[int], name: str, path: Pa
     axes[0, 0].set_xlabel("k (patches)")
     axes[0, 0].legend(frameon=False, loc="best")
     _save(figure, path)
+
+
+@_styled
+def draw_suites(suites: Mapping[str, Mapping[str, Any]], name: str, path: Path) -> None:
+    """Draws the accuracy of both models in each group of each suite, a panel per suite with a bar per model.
+
+    suites: as a task measures them. A suite of more than MOST_GROUPS groups is drawn with those of most cases. A suite whose
+    groups are not listed, or that is one group, has the bars of the whole.
+    """
+    shown = {suite: _bars(found) for suite, found in suites.items()}
+    heights = [len(bars) + 1.2 for bars in shown.values()]
+    ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # of a number that stands on the line of chance
+    figure, axes = _figure(len(shown), 1, (9, 0.9 + 0.42 * sum(heights)), heights=heights)
+    for panel, (suite, bars) in zip(axes[:, 0], shown.items(), strict=True):
+        places = np.arange(len(bars))
+        for model, shift, style in (
+            ("base", -0.2, {"color": ORANGE, "hatch": "//", "edgecolor": "white"}),
+            ("finetuned", 0.2, {"color": BLUE}),
+        ):
+            values = [bar[model] for bar in bars]
+            panel.barh(places + shift, values, 0.38, label=LABELS[model], **style)
+            for place, value in zip(places, values, strict=True):
+                panel.text(value + 0.8, place + shift, f"{value:.1f}", va="center", fontsize=8, bbox=ground, zorder=4)
+        chances = [bar["chance"] for bar in bars]
+        panel.vlines(chances, places - 0.48, places + 0.48, color="black", linestyle=":", linewidth=2, label=LABELS["chance"])
+        panel.set_yticks(places, [textwrap.shorten(f"{bar['label']} ({bar['cases']:,})", 44, placeholder=" …") for bar in bars])
+        panel.set(xlim=(0, 108), ylim=(len(bars) - 0.4, -0.6))
+        panel.grid(False, axis="y")
+        groups = len(suites[suite]["difference"]["groups"])
+        some = f": {len(bars)} of {groups} groups, those of most cases" if len(bars) < groups else ""
+        panel.set_title(f"{suite}{some}")
+    axes[-1, 0].set_xlabel("accuracy (%); in brackets, the number of cases")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=3)
+    figure.suptitle(f"Right answers by group ({name})", fontsize=13)
+    _save(figure, path)
+
+
+def _bars(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a suite shows, in order: label, cases, and the accuracy of both models and of chance."""
+    parts = ("base", "finetuned", "chance")
+    groups = list(found["difference"]["groups"])
+    if len(groups) < 2:
+        return [{"label": "all", "cases": found["cases"], **{part: found[part]["accuracy"] for part in parts}}]
+    cases = {group: found["base"]["groups"][group]["cases"] for group in groups}
+    most = set(sorted(groups, key=lambda group: -cases[group])[:MOST_GROUPS])
+    return [
+        {"label": group, "cases": cases[group], **{part: found[part]["groups"][group]["accuracy"] for part in parts}}
+        for group in groups
+        if group in most
+    ]
 
 
 @_styled

@@ -1,8 +1,10 @@
-"""The numbers of FAST-GOAL's tables (arXiv 2605.26615), and which of them a measurement of ours may stand beside.
+"""The numbers of FAST-GOAL's tables (arXiv 2605.26615) and of DeGLA's (arXiv 2504.16801), and which of them a measurement of
+ours may stand beside.
 
-published_results.csv has a row per number. `beside` finds the one that a number of ours compares with: same data set, test
-images, captions, backbone, task, and a model that came about the same way (`Recipe`). Where there is none, it says why. The
-data set's split, learning rate and view are not compared: the paper does not state them all.
+published_results.csv has a row per number, those of DeGLA under `DeGLA` and what was measured. `beside` finds the one that a
+number of ours compares with: same data set, test images, captions, backbone, task, and a model that came about the same way
+(`Recipe`). Where there is none, it says why. The data set's split, learning rate and view are not compared: the papers do not
+state them all.
 """
 
 from __future__ import annotations
@@ -15,8 +17,11 @@ from functools import lru_cache
 from importlib import resources
 from typing import Any, NamedTuple
 
-from fast_goal.config import Params
+from fast_goal.config import Params, parts_of
+from fast_goal.evaluation.headline import SUITES
 
+DEGLA = "DeGLA"
+WHOLE = "all"  # the way of a number that speaks of a suite as a whole
 FILE = "published_results.csv"
 COLUMNS = ("table", "dataset", "method", "backbone", "direction", "metric", "value")
 NAMES = {
@@ -27,9 +32,34 @@ NAMES = {
     "glit100k": "GLIT100k",
     "urban1k": "Urban1k",
     "sharegpt4v": "ShareGPT4V",
+    "sugarcrepe": "SugarCrepe",
+    "vg_relation": "VG-Relation",
+    "vg_attribution": "VG-Attribution",
+    "coco_order": "COCO-Order",
+    "flickr_order": "Flickr30k-Order",
+    "valse": "VALSE",
+    "imagenet": "ImageNet",
 }
 IMAGES = {"DOCCI": 5000, "DCI": 7602, "MSCOCO": 5000, "Flickr30k": 1000}  # of the test
 CAPTIONS_PER_IMAGE = {"DOCCI": 1, "DCI": 1, "MSCOCO": 5, "Flickr30k": 5}
+# Of DeGLA's suites, by group where it tells the groups apart: as the suites' own papers have them, which DeGLA does not repeat.
+CASES = {
+    "SugarCrepe": {
+        **{"replace_obj": 1652, "replace_att": 788, "replace_rel": 1406},
+        **{"swap_obj": 245, "swap_att": 666, "add_obj": 2062, "add_att": 692},
+    },
+    "VG-Relation": {WHOLE: 23_937},
+    "VG-Attribution": {WHOLE: 28_748},
+    "COCO-Order": {WHOLE: 25_010},
+    "Flickr30k-Order": {WHOLE: 5000},
+    "VALSE": {
+        **{"existence": 505, "plurals": 851, "counting_hard": 868, "counting_small_quant": 988, "counting_adversarial": 691},
+        **{"relations": 535, "action_replacement": 648, "actant_swap": 949},
+        **{"coreference_standard": 708, "coreference_hard": 104, "foil_it": 943},
+    },
+    "ImageNet": {WHOLE: 50_000},
+}
+NEARLY = 0.01  # of the cases that may be wanting, or too many, in a comparison that is not refused; a guess
 DRAWN = 2000  # images of DCI that Table V keeps for the test
 TASKS = {
     "long": "retrieval with long captions",
@@ -37,6 +67,8 @@ TASKS = {
     "sentence_average": "retrieval with averaged sentences",
     "robustness": "retrieval with a false sentence",
     "localisation": "patch localisation",
+    "composition": "true and false captions",
+    "zero_shot": "zero-shot classification",
 }
 OWN_TASKS = {"XV": "sentence_average", "XVI": "localisation", "XVII": "robustness"}  # of the tables; the others are retrieval
 FULL = "global+local+TSL"
@@ -49,13 +81,19 @@ TERMS = {
 }
 WEIGHTS = {"global": 1.0, "local": 0.5, "tsl_image": 1.0, "tsl_text": 1.0}  # the paper's, of the terms it uses together
 DETECTOR = "hustvl/yolos-base"
+DEGLA_SETTINGS = {  # of the objective `degla`
+    "weights": {"global": 1.0, "igc": 0.1, "tgc": 0.1, "distillation": 0.005},
+    "tgc_scale": 10.0,
+    "distillation": "sum",
+    "teacher_decay": 0.9996,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A number of the paper, in percent unless `metric` says otherwise. An empty string: the table has no such column."""
+    """A number of a paper, in percent unless `metric` says otherwise. An empty string: the table has no such column."""
 
-    table: str  # its Roman number
+    table: str  # its Roman number; DEGLA for that paper's
     title: str
     dataset: str
     method: str
@@ -93,7 +131,7 @@ class Beside(NamedTuple):
 
 class _Setting(NamedTuple):
     task: str
-    images: int
+    images: int  # or cases, of a suite
     captions: int | None  # of all images; None: not told
     recipe: Recipe
 
@@ -135,15 +173,19 @@ def beside(
         dataset: its name in params.yaml, or the paper's.
         backbone: as open_clip (`ViT-B-16`) or the paper (`ViT-B/16`) writes it.
         model: how it came about (`recipe_of`), or the paper's name for it, where that is known (the row of an ablation).
-        direction: text_to_image, image_to_text, or sentence_to_patch for patch localisation.
-        metric: `R@k`, or `hit@k` for patch localisation.
-        images: of the test, and captions: of the test, None where they are no queries.
+        direction: text_to_image, image_to_text, or sentence_to_patch for patch localisation; the group or family of a suite, or
+            WHOLE.
+        metric: `R@k`, or `hit@k` for patch localisation; `accuracy` or `macro` of a suite.
+        images: of the test, or cases of the suite (of the group), and captions: of the test, None where they are no queries.
         task: one of TASKS; any other has no number.
         table: the only one to look at.
     """
     name, own = _paper_name(dataset), re.sub(r"^(ViT-\w)-(\d+)(-quickgelu)?$", r"\1/\2", backbone)
     metric = metric.replace("hit@", "Top-")
-    left = _comparable()
+    suite = task in SUITES
+    direction = direction.casefold().replace("-", "_") if suite else direction
+    left = [pair for pair in _comparable() if (pair[1].task in SUITES) == suite]
+    things = "cases" if task == "composition" else "images"
     steps: list[Step] = [
         (lambda row, _: row.dataset == name, lambda had: f"it measures {_list(r.dataset for r, _ in had)}, not {name}"),
         (lambda row, _: table in (None, row.table), lambda _: f"Table {table} has none of {name}"),
@@ -153,8 +195,8 @@ def beside(
             lambda had: f"its models there are {_list(r.backbone for r, _ in had)}, not {own}",
         ),
         (
-            lambda _, s: s.images == images,
-            lambda had: f"its test has {_list(f'{s.images:,}' for _, s in had)} images of {name}, ours {images:,}",
+            lambda _, s: abs(s.images - images) <= (NEARLY * s.images if suite else 0),
+            lambda had: f"its test has {_list(f'{s.images:,}' for _, s in had)} {things} of {name}, ours {images:,}",
         ),
         (
             lambda _, s: None in (captions, s.captions) or s.captions == captions,
@@ -170,7 +212,15 @@ def beside(
             return Beside(None, "", "", f"no number in the paper: {words(left)}")
         left = kept
     found, setting = left[0]
-    return Beside(found.value, found.table, found.method, "; ".join(_remarks(left, setting, model)))
+    words = _remarks(left, setting, model)
+    if setting.images != images:
+        words.append(f"its test has, as far as we know, {setting.images:,} {things}, ours {images:,}")
+    return Beside(found.value, found.table, found.method, "; ".join(words))
+
+
+def place(found: Beside) -> str:
+    """Where a number was published, in words."""
+    return f"DeGLA's paper, {found.method}" if found.table == DEGLA else f"Table {found.table}, {found.method}"
 
 
 def recipe_of(params: Params, model: str) -> Recipe:
@@ -193,7 +243,7 @@ def recipe_of(params: Params, model: str) -> Recipe:
         batch_sizes=tuple(training.batch_size for _, _, training in stages),
         epochs=tuple(training.epochs for _, _, training in stages),
     )
-    if objectives == ["global"]:
+    if not any(_has_local(objective) for _, objective, _ in stages):
         return recipe
     flism = params.flism
     weighting = {"uniform": "uniform", "similarity": "similarity-weighted"}[flism.pair_weights]
@@ -214,6 +264,11 @@ def _objective(values: dict[str, Any]) -> str:
     """An objective of params.yaml in the paper's words, where it has some."""
     weights = values.get("weights", {})
     terms = TERMS.get(tuple(term for term in WEIGHTS if weights.get(term)))
+    if values["name"] == "degla":
+        return _degla(values)
+    if parts := parts_of(values):
+        weighted = ((values["parts"][name]["weight"], _objective(part)) for name, part in parts.items())
+        return " + ".join(words if weight == 1 else f"{weight:g} {words}" for weight, words in weighted)
     if values["name"] != "fast_goal" or terms is None:
         return str(values["name"])
     if values["alignment"] != "exact":
@@ -224,11 +279,28 @@ def _objective(values: dict[str, Any]) -> str:
     return terms if values["in_image_negatives"] is None else f"{terms} with in-image negatives"
 
 
+def _degla(values: dict[str, Any]) -> str:
+    if [term for term, weight in values["weights"].items() if weight] == ["global"]:
+        return "global with hard negative captions"
+    changed = [key.replace("_", " ") for key, value in DEGLA_SETTINGS.items() if values.get(key) != value]
+    return f"degla with other {_list(changed)}" if changed else "degla"
+
+
+def _has_local(objective: dict[str, Any]) -> bool:
+    if parts := parts_of(objective):
+        return any(map(_has_local, parts.values()))
+    return objective["name"] != "degla" and _objective(objective) != "global"
+
+
 @lru_cache(maxsize=1)
 def _comparable() -> Candidates:
     """The numbers of models on test sets, with what they were measured on and how the models came about."""
     found = []
     for row in results():
+        if row.table == DEGLA and row.direction:
+            cases = CASES[row.dataset]
+            task = "zero_shot" if row.dataset == "ImageNet" else "composition"
+            found.append((row, _Setting(task, cases.get(row.direction, sum(cases.values())), None, _recipe(row))))
         if row.dataset not in IMAGES or not row.direction:
             continue
         per_image = CAPTIONS_PER_IMAGE[row.dataset]
@@ -242,6 +314,8 @@ def _comparable() -> Candidates:
 def _recipe(row: Published) -> Recipe:
     own = row.dataset.casefold()
     match row.table, row.method:
+        case (_, "DeGLA"):
+            return Recipe("CLIP", ("mscoco",), "degla", batch_sizes=(256,), epochs=(5,))
         case (_, "FAST-GOAL") if row.backbone == "ViT-L/14":
             return dataclasses.replace(FAST_GOAL, batch_sizes=None, epochs=None)
         case (_, "FAST-GOAL") | ("VII", "detector + spatial"):
@@ -313,6 +387,10 @@ def _remarks(left: Candidates, setting: _Setting, model: Recipe | str) -> list[s
         words.append("the false sentences are others than the paper's")
     if setting.task == "localisation":
         words.append("which boxes and sentences the paper took is not known to us")
+    if setting.recipe.objective == "degla":
+        words.append("the hard negative captions of the training are others than the paper's")
+    if setting.task == "zero_shot":
+        words.append("the paper's prompts are not known to us")
     return words
 
 

@@ -19,18 +19,18 @@ from typing import Any, NamedTuple
 from fast_goal.errors import DataError
 from fast_goal.evaluation import published
 from fast_goal.evaluation.bootstrap import holm
-from fast_goal.evaluation.comparison import MODELS
+from fast_goal.evaluation.headline import MODELS, SUITES, suites_of
 from fast_goal.evaluation.pictures import DIRECTION_LABELS, LABELS
 from fast_goal.evaluation.published import Recipe
+from fast_goal.evaluation.remarks import CASES, LEVEL, first_k, notes, verdict
 from fast_goal.evaluation.retrieval import DIRECTIONS
 from fast_goal.evaluation.tasks import Section
 from fast_goal.files import read_json, write_json, write_text
 
-SMALL = 200  # a guess: below so many queries the intervals are too wide to tell models of like quality apart
-MANY_TIES = 1.0  # percent of the queries; a guess
-LEVEL = 0.05  # of all comparisons together
 DROP = "both ways, mean"
 WIDE = 1100  # pixels from which a picture scrolls on a narrow screen instead of shrinking; a guess
+ANSWERED = {"composition": "the true caption is told from all its foils in", "zero_shot": "the right class is found in"}
+MEAN = {"accuracy": "", "macro": ", the mean of the groups"}
 CONTENTS = "[contents]"  # where the list of contents goes
 
 
@@ -161,10 +161,10 @@ def headlines(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for name, values in metrics.items():
         if "long" in values:
             found = values["long"]
-            change = _change(found, "text_to_image", _first(found))
+            change = _change(found, "text_to_image", first_k(found))
             lines.append(
                 f"`{name}`, {found['captions']:,} long captions, {found['images']:,} images: "
-                f"text-to-image {_first(found)} {change}."
+                f"text-to-image {first_k(found)} {change}."
             )
         if "localisation" in values:
             found = values["localisation"]
@@ -175,16 +175,14 @@ def headlines(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 f"{found['base'][key]:.1f} → {found['finetuned'][key]:.1f} % of them "
                 f"({_difference_words(found['difference'][key])}; random patches: {found['chance'][key]:.1f} %)."
             )
+        for task, suite, found in suites_of(values):
+            key = next(iter(found["difference"]))
+            lines.append(
+                f"`{name}`, {suite}, {found['cases']:,} {CASES[task]}: {ANSWERED[task]} {found['base'][key]:.1f} → "
+                f"{found['finetuned'][key]:.1f} %{MEAN[key]} ({_difference_words(found['difference'][key])}; chance: "
+                f"{found['chance'][key]:.1f} %)."
+            )
     return lines
-
-
-def verdict(difference: Mapping[str, float]) -> str:
-    """What the interval of a difference allows to say."""
-    if difference["low"] > 0:
-        return "higher"
-    if difference["high"] < 0:
-        return "lower"
-    return "no difference shown"
 
 
 def comparisons(metrics: Mapping[str, Mapping[str, Any]], facts: Facts) -> list[Comparison]:
@@ -239,42 +237,39 @@ def beside_the_paper(name: str, values: Mapping[str, Any], facts: Facts) -> tupl
     """Rows of our numbers and the paper's, and why the others have none: a line per reason."""
     rows: list[dict[str, Any]] = []
     reasons: dict[str, dict[str, list[str]]] = {}
-    for task in (task for task in published.TASKS if task in values):
-        block = values[task]
+    for task, suite, block in _blocks(values):
+        label = facts.tasks[task].title if task in facts.tasks else published.TASKS[task]
         for model in MODELS:
             count, first = len(rows), ""
-            for way, numbers in _ways(block):
-                for metric, ours in numbers[model].items():
-                    if way == DROP or not metric.startswith(("R@", "hit@")):
-                        continue
+            for way, direction, cases, numbers in _numbers(task, block, model):
+                for metric, ours in numbers.items():
                     paper = published.beside(
-                        name,
+                        suite or name,
                         facts.backbone,
                         facts.recipes[model],
-                        "sentence_to_patch"
-                        if task == "localisation"
-                        else next(d for d in DIRECTIONS if DIRECTION_LABELS[d] == way),
+                        direction,
                         metric,
-                        images=block["images"],
+                        images=cases,
                         task=task,
                         captions=block.get("captions"),
                     )
                     first = first or paper.words
                     if paper.value is not None:
-                        label = facts.tasks[task].title if task in facts.tasks else published.TASKS[task]
-                        row = {"title": label, "model": LABELS[model], "way": way, "metric": metric, "ours": ours}
+                        row = {"title": f"{label} ({suite})" if suite else label, "model": LABELS[model], "way": way}
+                        row |= {"metric": metric, "ours": ours, "place": published.place(paper)}
                         rows.append({**row, **paper._asdict(), "difference": ours - paper.value})
             if len(rows) == count:
-                reasons.setdefault(first.removeprefix("no number in the paper: "), {}).setdefault(LABELS[model], []).append(
-                    task
-                )
+                paper_words = first.replace("the paper", "DeGLA's paper", 1) if suite else first
+                words = task.replace("_", " ") + (f" of `{suite}`" if suite else "")
+                reasons.setdefault(paper_words.removeprefix("no number in "), {}).setdefault(LABELS[model], []).append(words)
     lines = []
     for reason, models in reasons.items():
-        told = {", ".join(task.replace("_", " ") for task in tasks): [] for tasks in models.values()}
+        told: dict[str, list[str]] = {}
         for model, tasks in models.items():
-            told[", ".join(task.replace("_", " ") for task in tasks)].append(model)
+            told.setdefault(", ".join(tasks), []).append(model)
         who = "; ".join(f"{' and '.join(models)}: {tasks}" for tasks, models in told.items())
-        lines.append(f"No number of the paper ({who}): {reason}.")
+        paper_name, _, why = reason.partition(": ")
+        lines.append(f"No number of {paper_name} ({who}): {why}.")
     return rows, lines
 
 
@@ -285,115 +280,6 @@ def left_out(metrics: Mapping[str, Mapping[str, Any]], facts: Facts) -> list[str
         for task, reason in values["skipped"].items():
             words = task.replace("_", " ")
             lines.append(f"`{name}`: no {words}, for want of {reason} in the split `{facts.split}`.")
-    return lines
-
-
-def notes(metrics: Mapping[str, Mapping[str, Any]], facts: Facts) -> list[str]:
-    """What a reader must know so as not to read too much into the numbers."""
-    lines = [
-        f"The intervals are 95 % bootstrap percentile intervals over the test images ({facts.bootstrap_samples:,} resamples; "
-        "the captions of an image stay together; both models on the same resamples). They say how far the choice of test "
-        "images matters. They do not say how far another training seed would: this is one training run. p: the share of all "
-        "ways to swap the two models image by image that gives at least as large a difference; of many such numbers some are "
-        "small by chance. Holm's correction is over the comparisons of *What is significant* alone; the tables of single "
-        "tasks, with other k and slices, are not corrected.",
-        "Tie rule: a candidate with exactly the score of the right one does not count against the query.",
-    ]
-    if facts.base_kind == "scratch":
-        lines.append(_scratch_note(metrics, facts))
-    for name, values in metrics.items():
-        for kind in ("long", "short"):
-            if kind in values:
-                lines += [f"`{name}`, {kind} captions: {line}" for line in _retrieval_notes(values[kind], kind)]
-        if "localisation" in values:
-            lines += [f"`{name}`, localisation: {line}" for line in _localisation_notes(values["localisation"])]
-        if values["independent"] < values["images"]:
-            lines.append(
-                f"`{name}`: the {values['images']:,} images show {values['independent']:,} scenes; those of one, which differ "
-                "in little, are resampled and swapped together."
-            )
-    return lines
-
-
-def _scratch_note(metrics: Mapping[str, Mapping[str, Any]], facts: Facts) -> str:
-    weak = [
-        f"{found['base']['text_to_image'][_first(found)]:.1f} % {_first(found)} text-to-image on the {kind} captions of "
-        f"`{name}` (chance {found['chance']['text_to_image'][_first(found)]:.1f} %)"
-        for name, values in metrics.items()
-        for kind in ("long", "short")
-        if kind in values
-        for found in [values[kind]]
-    ]
-    return (
-        "**The base is weak.** It is no published CLIP but a small one, trained here from scratch on nothing but the short "
-        f"captions of the split `{facts.scratch_split}`; it reaches {'; '.join(weak) or 'no measured recall'}. The absolute "
-        "numbers do not compare with published ones, and a gain over this base does not predict the gain over a pretrained one."
-    )
-
-
-def _retrieval_notes(found: Mapping[str, Any], kind: str) -> list[str]:
-    lines = []
-    key = _first(found)
-    unclear = [DIRECTION_LABELS[d] for d in DIRECTIONS if verdict(found["difference"][d][key]) == "no difference shown"]
-    if unclear:
-        lines.append(f"no difference shown in {key} {' and '.join(unclear)}: the interval includes 0.")
-    worse = [DIRECTION_LABELS[d] for d in DIRECTIONS if verdict(found["difference"][d][key]) == "lower"]
-    if worse:
-        forgot = "; what the base knew of short captions was partly forgotten" if kind == "short" else ""
-        lines.append(f"the fine-tuned model is worse in {key} {' and '.join(worse)}{forgot}.")
-    for count, models in _by_value(found["truncated"]).items():
-        if count:
-            context = found["context_length"][models[0]]
-            lines.append(
-                f"{count:,} of {found['captions']:,} captions exceed the {context} tokens of {_who(models)}, which sees only "
-                "their beginning."
-            )
-    tied = {model: max(found[model][direction]["tied"] for direction in DIRECTIONS) for model in MODELS}
-    if max(tied.values()) > MANY_TIES:
-        lines.append(
-            f"up to {max(tied.values()):.1f} % of the queries have a wrong candidate tied with the right one (equal captions, "
-            "or embeddings that collapsed); by the tie rule their recall is an upper bound."
-        )
-    if found["captions"] < SMALL:
-        lines.append(f"only {found['captions']:,} captions: the intervals are wide.")
-    return lines
-
-
-def _by_value(values: Mapping[str, int]) -> dict[int, list[str]]:
-    """The models that share a value, so that it is said once."""
-    return {value: [model for model in MODELS if values[model] == value] for value in values.values()}
-
-
-def _who(models: Sequence[str]) -> str:
-    return "either model" if len(models) > 1 else f"the {LABELS[models[0]]} model"
-
-
-def _localisation_notes(found: Mapping[str, Any]) -> list[str]:
-    lines = []
-    if found["boxes"] != "truth":
-        lines.append(
-            "agreement with FLISM's own pairs, not ground truth: the base chose these boxes for these sentences itself."
-        )
-    for count, models in _by_value(found["without_centre"]).items():
-        if count:
-            lines.append(
-                f"{count:,} of {found['sentences']:,} boxes are too small, or too far out of the view of {_who(models)}, to "
-                "hold the centre of a patch; they are misses, and chance is 0 there."
-            )
-    key = next(iter(found["chance"]))
-    chances = {"base": found["chance_of_base"][key], "finetuned": found["chance"][key]}
-    if chances["base"] != chances["finetuned"]:
-        lines.append(
-            "the two models see the images through different views, so that chance differs too: "
-            f"{chances['base']:.1f} % for the base, {chances['finetuned']:.1f} % (shown) for the fine-tuned model at {key}."
-        )
-    if min(chances.values()) > 0:
-        times = {model: found[model][key] / chances[model] for model in MODELS}
-        lines.append(
-            f"{key} is {times['base']:.1f} times chance for the base, {times['finetuned']:.1f} times for the fine-tuned model."
-        )
-    if verdict(found["difference"][key]) == "no difference shown":
-        lines.append(f"no difference shown in {key}: the interval includes 0.")
     return lines
 
 
@@ -415,6 +301,10 @@ def _dataset(
         ],
         "localisation": values.get("localisation"),
         "localisation_rows": _rows(values["localisation"], "") if "localisation" in values else [],
+        "suites": [
+            {"task": task, "suite": suite, "title": _title(task, facts), "found": block, "rows": _suite_rows(block, task)}
+            for task, suite, block in suites_of(values)
+        ],
         "paper": paper,
         "apart": apart,
         "seconds": values["seconds"],
@@ -431,6 +321,68 @@ def _ways(block: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield "", block
     if "drop" in block:
         yield DROP, block["drop"]
+
+
+def _blocks(values: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """The task, the suite ("" where it has none) and the metrics of what was run and a paper may have a number for."""
+    yield from ((task, "", values[task]) for task in published.TASKS if task in values and task not in SUITES)
+    yield from suites_of(values)
+
+
+def _numbers(task: str, block: Mapping[str, Any], model: str) -> Iterator[tuple[str, str, int, Mapping[str, float]]]:
+    """What a paper may have a number for: the way in words and as `published.beside` takes it, images or cases, and the
+    model's metrics."""
+    if task in SUITES:
+        mine, cases = block[model], block["cases"]
+        yield "", published.WHOLE, cases, {key: mine[key] for key in block["difference"] if key not in ("groups", "families")}
+        for group, found in mine["groups"].items():
+            yield group, group, found["cases"], {"accuracy": found["accuracy"]}
+        for family, value in mine["families"].items():
+            yield family, family, cases, {"accuracy": value}
+        return
+    for way, numbers in _ways(block):
+        if way != DROP:
+            direction = next((name for name in DIRECTIONS if DIRECTION_LABELS[name] == way), "sentence_to_patch")
+            kept = {key: value for key, value in numbers[model].items() if key.startswith(("R@", "hit@"))}
+            yield way, direction, block["images"], kept
+
+
+def _title(task: str, facts: Facts) -> str:
+    return facts.tasks[task].title if task in facts.tasks else published.TASKS[task].capitalize()
+
+
+def _suite_rows(found: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
+    """The groups, the families, and the suite as a whole."""
+    what = "classes" if task == "zero_shot" else "groups"
+    change, rows = found["difference"], []
+
+    def add(label: str, numbers: Mapping[str, Any], counts: Mapping[str, Mapping[str, Any]]) -> None:
+        ties = {model: counts[model]["ties"] for model in counts}
+        row = {"label": label, "cases": counts["base"]["cases"] if counts else None, "ties": ties}
+        rows.append({**row, **numbers, "verdict": verdict(numbers["difference"])})
+
+    def numbers_of(*path: str) -> dict[str, Any]:
+        return {part: _below(found[part], path) for part in (*MODELS, "difference", "chance")}
+
+    if len(change["groups"]) > 1:
+        for group in change["groups"]:
+            counts = {model: found[model]["groups"][group] for model in MODELS}
+            add(group, numbers_of("groups", group, "accuracy"), counts)
+    for family in change["families"]:
+        add(f"mean of {family}", numbers_of("families", family), {})
+    if "macro" in change:
+        add(f"mean of the {what}", numbers_of("macro"), {})
+    whole = {model: {"cases": found["cases"], "ties": found[model]["ties"]} for model in MODELS}
+    add("all", numbers_of("accuracy"), whole)
+    for key in (key for key in change if key.startswith("accuracy@")):
+        add(f"all, among the first {key.partition('@')[2]}", numbers_of(key), {})
+    return rows
+
+
+def _below(values: Any, path: Sequence[str]) -> Any:
+    for key in path:
+        values = values[key]
+    return values
 
 
 def _retrieval_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -454,11 +406,6 @@ def _rows(found: Mapping[str, Any], label: str) -> list[dict[str, Any]]:
         }
         for key, difference in found["difference"].items()
     ]
-
-
-def _first(found: Mapping[str, Any]) -> str:
-    """The key of the smallest k asked for that comes first, R@1 as a rule."""
-    return next(iter(found["chance"]["text_to_image"]))
 
 
 def _change(found: Mapping[str, Any], direction: str, key: str) -> str:

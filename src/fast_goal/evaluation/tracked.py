@@ -1,8 +1,8 @@
 """Which of the evaluation's numbers a tracking store gets.
 
 metrics.json has some 800 for a data set: a store shows a chart for each, and nobody finds the few that matter. Kept are the
-scores of both models; of tasks beside `IN_FULL` only those at the first k. Slices, differences with their intervals and p, and
-what the tasks count, stand in metrics.json and in the report.
+scores of both models; of tasks beside `IN_FULL` only those at the first k; of suites those of the whole suite. Slices, groups,
+differences with their intervals and p, and what the tasks count, stand in metrics.json and in the report.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 from fast_goal.evaluation.headline import MODELS, flatten
 
 IN_FULL = ("long", "short", "localisation")
-SCORE = re.compile(r"(R|hit|mAP)(?P<k>\d+)|mrr|median_rank")
+SCORE = re.compile(r"(R|hit|mAP)(?P<k>\d+)|mrr|median_rank|accuracy|macro")
+PARTS = ("slices", "groups", "families")  # how the names of parts of a test begin
 
 
 def tracked(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -32,7 +33,7 @@ def tracked(metrics: Mapping[str, Any]) -> dict[str, float]:
 def _is_kept(name: str, first: int | None) -> bool:
     *path, last = name.split(".")
     score = SCORE.fullmatch(last)
-    of_a_model = any(model in path for model in MODELS) and not any(part.startswith("slices") for part in path)
+    of_a_model = any(model in path for model in MODELS) and not any(part.startswith(PARTS) for part in path)
     return score is not None and of_a_model and "difference" not in path and first in (None, int(score["k"] or 0))
 
 

@@ -12,13 +12,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import math
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
-from fast_goal.config import build
+from fast_goal.config import Params, build
 from fast_goal.errors import ConfigError
 
 
@@ -33,9 +35,13 @@ class Features:
     local_rows [P]: the row of the whole image that a local pair belongs to; None: every pair has an image of its own.
     local_weight [P]: how much a pair counts, those of one image together 1; None: every pair counts 1.
     local_boxes [P, 4]: the regions, in pixels of their original image.
+    text_negatives [N, D]: hard negative captions, `negative_rows` [N] the row of the caption that each belongs to, ascending,
+    `negative_slots` [N] its number among those of that caption, from 0, below `negative_count`. May be empty.
+    teacher_image, teacher_text [B, D], teacher_negatives [N, D]: the same images and texts as the teacher embeds them, without
+    a gradient.
     scale: the logit scale, exponentiated, a scalar.
     The local ones may be None if the objective's `needs_local` is False; region and sentence, with their weights, also where
-    `needs_pooled` is.
+    `needs_pooled` is. The negatives are None if `needs_negatives` is False, the teacher's if `teacher_decay` is None.
     """
 
     image_global: Tensor
@@ -49,12 +55,42 @@ class Features:
     local_rows: Tensor | None = None
     local_weight: Tensor | None = None
     local_boxes: Tensor | None = None
+    text_negatives: Tensor | None = None
+    negative_rows: Tensor | None = None
+    negative_slots: Tensor | None = None
+    negative_count: int = 0
+    teacher_image: Tensor | None = None
+    teacher_text: Tensor | None = None
+    teacher_negatives: Tensor | None = None
     scale: Tensor
 
 
 def given(features: Features, names: Iterable[str]) -> dict[str, Tensor]:
     """Those of the named features that are there."""
     return {name: value for name in names if (value := getattr(features, name)) is not None}
+
+
+def at_least_float32(features: Features) -> Features:
+    """The features, with those of half precision as float32."""
+    values = {field.name: getattr(features, field.name) for field in dataclasses.fields(features)}
+    half = {
+        name: v.float() for name, v in values.items() if isinstance(v, Tensor) and v.dtype in (torch.float16, torch.bfloat16)
+    }
+    return dataclasses.replace(features, **half)
+
+
+def check_weights(weights: Mapping[str, float], terms: Sequence[str]) -> None:
+    """Raises ConfigError where a config's `weights` are not one number for each of the terms, at least one of them above 0."""
+    for term, weight in weights.items():
+        if term not in terms:
+            raise ConfigError(f"weights.{term} = {weight}: unknown term. Known here: {', '.join(terms)}.")
+        if not 0 <= weight < math.inf:
+            raise ConfigError(f"weights.{term} = {weight}: expected a number, at least 0")
+    for term in terms:
+        if term not in weights:
+            raise ConfigError(f"weights.{term} is missing; 0 leaves the term out.")
+    if not any(weights.values()):
+        raise ConfigError(f"weights = {dict(weights)}: at least one has to be above 0")
 
 
 class Objective(Protocol):
@@ -67,6 +103,15 @@ class Objective(Protocol):
     @property
     def needs_pooled(self) -> bool:
         """False if the regions and sentences pooled from tokens are not looked at."""
+
+    @property
+    def needs_negatives(self) -> bool:
+        """Whether hard negative captions are looked at."""
+
+    @property
+    def teacher_decay(self) -> float | None:
+        """The decay per step of the teacher, a moving average of the weights that begins with those the training starts from;
+        None if no teacher is looked at."""
 
     @property
     def alignment(self) -> str:
@@ -109,6 +154,42 @@ def make_objective(values: Mapping[str, Any]) -> Objective:
     """The objective of the section `objective` of params.yaml."""
     make, config = objective_config(values)
     return make(config)
+
+
+def check_captions(objective: Objective, captions: str, section: str) -> None:
+    """Raises ConfigError where the objective pools sentences from captions that do not have them. `section`: of `captions`."""
+    if objective.needs_pooled and captions == "short":
+        raise ConfigError(
+            f"{section}.captions = 'short': the TSL terms of the objective look for sentences of the long caption. Set "
+            f"{section}.captions=long, or an objective without TSL, such as objective=global_local"
+        )
+
+
+def check_objectives(params: Params) -> None:
+    """Raises ConfigError where an objective is unknown, or does not fit the training or the hard negatives it is used with."""
+    stages = [("objective", params.objective, "finetune", params.finetune)]
+    if params.intermediate.dataset is not None:
+        first = params.intermediate
+        stages.append(("intermediate.objective", first.objective, "intermediate.training", first.training))
+    else:
+        objective_config(params.intermediate.objective, "intermediate.objective")
+    for name, values, section, training in stages:
+        make, config = objective_config(values, name)
+        made = make(config)
+        check_captions(made, training.captions, section)
+        if not made.needs_negatives:
+            continue
+        negatives = params.negatives
+        if negatives.generator == "none":
+            raise ConfigError(
+                f"{name}.name = {values['name']!r} needs hard negative captions, but negatives.generator = 'none': add "
+                "negatives=rules to `fast-goal configure`"
+            )
+        if negatives.captions != training.captions:
+            raise ConfigError(
+                f"negatives.captions = {negatives.captions!r}, but {section}.captions = {training.captions!r}: {name} needs "
+                f"hard negatives of the captions that are trained on. Set negatives.captions={training.captions}"
+            )
 
 
 @functools.cache

@@ -11,7 +11,6 @@ Letters: P local pairs.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from fast_goal.config import number
 from fast_goal.errors import ConfigError
-from fast_goal.objectives import Features, objective
+from fast_goal.objectives import Features, at_least_float32, check_weights, objective
 from fast_goal.objectives.contrastive import clip_loss
 from fast_goal.objectives.tsl import TargetMatrix, tsl_loss
 
@@ -43,16 +42,7 @@ class FastGoalConfig:
     alignment: Literal["exact", "goal"]
 
     def __post_init__(self) -> None:
-        for term, weight in self.weights.items():
-            if term not in TERMS:
-                raise ConfigError(f"weights.{term} = {weight}: unknown term. Known here: {', '.join(TERMS)}.")
-            if not 0 <= weight < math.inf:
-                raise ConfigError(f"weights.{term} = {weight}: expected a number, at least 0")
-        for term in TERMS:
-            if term not in self.weights:
-                raise ConfigError(f"weights.{term} is missing; 0 leaves the term out.")
-        if not any(self.weights.values()):
-            raise ConfigError(f"weights = {self.weights}: at least one has to be above 0")
+        check_weights(self.weights, TERMS)
         if self.in_image_negatives is not None and not self.weights["local"]:
             raise ConfigError(
                 f"in_image_negatives = {self.in_image_negatives} acts on the local term alone, whose weight is 0: set "
@@ -78,6 +68,16 @@ class FastGoal:
         return any(self.config.weights[term] for term in POOLED_TERMS)
 
     @property
+    def needs_negatives(self) -> bool:
+        """No term looks at hard negative captions."""
+        return False
+
+    @property
+    def teacher_decay(self) -> float | None:
+        """There is no teacher."""
+        return None
+
+    @property
     def alignment(self) -> str:
         """How boxes become patches and sentences become spans."""
         return self.config.alignment
@@ -85,7 +85,7 @@ class FastGoal:
     def __call__(self, features: Features) -> dict[str, Tensor]:
         """The terms and their weighted sum `loss`, computed in float32 at least, also under autocast."""
         with torch.autocast(features.image_global.device.type, enabled=False):
-            terms = {term: self._term(term, _at_least_float32(features)) for term in TERMS if self.config.weights[term]}
+            terms = {term: self._term(term, at_least_float32(features)) for term in TERMS if self.config.weights[term]}
         return {**terms, "loss": sum(self.config.weights[term] * value for term, value in terms.items())}
 
     def _term(self, term: str, features: Features) -> Tensor:
@@ -124,9 +124,3 @@ def _not_negatives(features: Features, max_iou: float | None) -> Tensor | None:
 
 def _product(visible: Tensor | None, weight: Tensor | None) -> Tensor | None:
     return visible if weight is None else weight if visible is None else visible * weight
-
-
-def _at_least_float32(features: Features) -> Features:
-    values = {field.name: getattr(features, field.name) for field in dataclasses.fields(features)}
-    half = (torch.float16, torch.bfloat16)
-    return Features(**{name: v.float() if v is not None and v.dtype in half else v for name, v in values.items()})

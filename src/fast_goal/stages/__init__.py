@@ -14,7 +14,7 @@ from fast_goal.config import Params, load_params, to_dict
 from fast_goal.environment import prepare, share_work, termination_raises
 from fast_goal.errors import ConfigError
 
-STEPS = ("download", "base", "flism", "validate", "publish", "intermediate", "finetune", "evaluate", "register")
+STEPS = ("download", "base", "flism", "validate", "publish", "negatives", "intermediate", "finetune", "evaluate", "register")
 SETTINGS = {"finetune": ("objective", "finetune")}  # sections of params.yaml a step reads; else the one of its name
 
 SHARED: dict[str, Callable[[Params], int]] = {  # steps that several processes work on: how many are asked for

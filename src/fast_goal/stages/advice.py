@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fast_goal.objectives import Objective
     from fast_goal.training.memory import Inputs, Plan, StepMemory
 
-BASE, FLISM = Path("models/base/clip"), Path("data/flism")
+BASE, FLISM, TABLES = Path("models/base/clip"), Path("data/flism"), Path("data/negatives")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?\s*", re.IGNORECASE)
 ASSUMED_SENTENCE = 77  # tokens, where there are no pairs to look at: CLIP's own context, a guess
@@ -92,7 +92,7 @@ def advise(params: Params, memory: int, intermediate: bool = False, gpu: torch.d
         "",
         *_table(compared),
         "",
-        *_legend(config),
+        *_legend(config, objective),
         "",
         *_bought(compared),
         *_advice(compared, training.section, params.experiment),
@@ -162,26 +162,54 @@ def _structure(params: Params) -> tuple[Clip, str]:
 
 def _inputs(training: Training, params: Params, clip: Clip, objective: Objective) -> tuple[Inputs, str]:
     """What the samples are made of, by the data set's longest texts where there is one, and that in words."""
-    from fast_goal.data.records import PAIRS, RECORDS, RECORDS_FOLDER, read_table
+    from fast_goal.data.records import RECORDS, RECORDS_FOLDER, read_table
     from fast_goal.training.memory import Inputs
 
-    context, all_pairs = clip.context_length, training.config.pairs == "all"
-    table, pairs_table = RECORDS_FOLDER / f"{training.dataset}.parquet", FLISM / training.dataset / "pairs.parquet"
+    context, table = clip.context_length, RECORDS_FOLDER / f"{training.dataset}.parquet"
+    kind = training.config.captions
     if table.is_file():
         records = read_table(table, RECORDS)
-        caption = _longest(records.loc[records["split"] == "train", "long_caption"], context)
-        seen = f"long captions of up to {caption} tokens"
+        own = records[records["split"] == "train"]
+        caption = _longest(own["long_caption"] if kind == "long" else itertools.chain.from_iterable(own["captions"]), context)
+        seen = f"{kind} captions of up to {caption} tokens"
     else:
-        caption, seen = context, f"long captions of {context} tokens, the context, as there is no data yet"
-    if not objective.needs_local:
-        return Inputs(caption, 0, 0), seen
-    if pairs_table.is_file():
-        found = read_table(pairs_table, PAIRS)
-        found = found if all_pairs else found[found["rank"] == 1]
-        sentence, pairs = _longest(found["sentence"], context), math.ceil(len(found) / max(found["image_id"].nunique(), 1))
-        return Inputs(caption, sentence, pairs), f"{seen}; local pairs per image: {pairs}, sentences of up to {sentence} tokens"
-    sentence, pairs = min(ASSUMED_SENTENCE, context), params.flism.top_k if all_pairs else 1
-    return Inputs(caption, sentence, pairs), f"{seen}; local pairs per image: {pairs}, sentences of {sentence} tokens (a guess)"
+        caption, seen = context, f"{kind} captions of {context} tokens, the context, as there is no data yet"
+    inputs = Inputs(caption, 0, 0)
+    if objective.needs_local:
+        tokens, pairs, said = _local(training, params, context)
+        inputs = inputs._replace(sentence_tokens=tokens, pairs=pairs)
+        seen += f"; local pairs per image: {pairs}, sentences of {said}"
+    if objective.needs_negatives:
+        tokens, negatives, said = _hard(training, params, context, caption)
+        inputs = inputs._replace(negative_tokens=tokens, negatives=negatives)
+        seen += f"; hard negatives per caption: {negatives}, of {said}"
+    return inputs, seen
+
+
+def _local(training: Training, params: Params, context: int) -> tuple[int, int, str]:
+    """Tokens of a sentence, local pairs of an image, and the tokens in words."""
+    from fast_goal.data.records import PAIRS, read_table
+
+    path, all_pairs = FLISM / training.dataset / "pairs.parquet", training.config.pairs == "all"
+    if not path.is_file():
+        tokens = min(ASSUMED_SENTENCE, context)
+        return tokens, params.flism.top_k if all_pairs else 1, f"{tokens} tokens (a guess)"
+    found = read_table(path, PAIRS)
+    found = found if all_pairs else found[found["rank"] == 1]
+    tokens = _longest(found["sentence"], context)
+    return tokens, math.ceil(len(found) / max(found["image_id"].nunique(), 1)), f"up to {tokens} tokens"
+
+
+def _hard(training: Training, params: Params, context: int, caption: int) -> tuple[int, int, str]:
+    """Tokens of a hard negative, hard negatives of a caption, and the tokens in words. `caption`: tokens of the longest."""
+    from fast_goal.data.records import NEGATIVES, read_table
+
+    path = TABLES / f"{training.dataset}.parquet"
+    if not path.is_file():
+        return caption, params.negatives.per_caption, f"{caption} tokens (a guess)"
+    found = read_table(path, NEGATIVES)
+    tokens, captions = _longest(found["negative"], context), len(found[["image_id", "caption"]].drop_duplicates())
+    return tokens, math.ceil(len(found) / max(captions, 1)), f"up to {tokens} tokens"
 
 
 def _longest(texts: Iterable[str], context_length: int) -> int:
@@ -231,12 +259,13 @@ def _table(compared: _Compared) -> list[str]:
     ]
 
 
-def _legend(config: FinetuneConfig) -> list[str]:
+def _legend(config: FinetuneConfig, objective: Objective) -> list[str]:
     from fast_goal.training.memory import CONTEXT, FRAGMENTED
 
-    average = "" if config.ema is None else ", their moving average"
+    others = "" if config.ema is None else ", their moving average"
+    others += "" if objective.teacher_decay is None else ", the teacher"
     return [
-        f"fixed: weights, gradients, AdamW's two averages{average}. per sample: of the part of a batch that goes through",
+        f"fixed: weights, gradients, AdamW's two averages{others}. per sample: of the part of a batch that goes through",
         f"the model at once. batch: all that the GPU must have, with {CONTEXT / 1e9:.1f} GB for the CUDA context and",
         f"{FRAGMENTED:.0%} for fragmentation, both guesses; ! is more than there is. time: of a step against now,",
         "reasoned, not measured: checkpointing and accumulation cost a second forward pass each, a third of a",

@@ -143,6 +143,14 @@ def _draw(name: str, study: Study, metrics: Mapping[str, Any]) -> list[Picture]:
                 f"The similarity of each patch with a sentence, for {len(located)} sentences of {name} drawn at random, not "
                 "chosen. Dashed: the sentence's box. A tick or a cross: the most similar patch, inside or outside.",
             )
+    for task, title, asked in (
+        ("composition", "True and false captions", "told its own caption from all the foils"),
+        ("zero_shot", "Classification", "found the right class"),
+    ):
+        if task in metrics:
+            pictures.draw_suites(metrics[task], name, file(task))
+            text = f"How often each model {asked}, by suite and group of {name}; dotted, how often chance would."
+            add(task, title, text)
     if count:
         pictures.draw_components(examples.components(study, count), file("components"))
         add(

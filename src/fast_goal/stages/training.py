@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fast_goal.model.clip import Clip
     from fast_goal.tracking import Tracker
 
-FLISM = Path("data/flism")
+FLISM, TABLES = Path("data/flism"), Path("data/negatives")
 STATE = Path(".fast_goal/state")
 LOGS = Path(".fast_goal/logs")
 # settings that do not change what is learned: a run that lacked memory continues with what the error advised
@@ -85,10 +85,10 @@ def train(stage: Stage, params: Params, track: Tracker) -> bool:
 
 
 def _train(stage: Stage, params: Params, track: Tracker) -> bool:
-    from fast_goal.data.records import PAIRS, load_dataset, read_table
+    from fast_goal.data.records import NEGATIVES, PAIRS, load_dataset, read_table
     from fast_goal.environment import device
     from fast_goal.model.clip import Clip
-    from fast_goal.objectives import make_objective
+    from fast_goal.objectives import check_objectives, make_objective
     from fast_goal.tracking.identity import git_commit
     from fast_goal.training.checkpoint import remove_state
     from fast_goal.training.distributed import own_device, process_group
@@ -96,10 +96,15 @@ def _train(stage: Stage, params: Params, track: Tracker) -> bool:
     from fast_goal.training.recorder import CsvLog
 
     begin = time.perf_counter()
+    check_objectives(params)
     dataset = load_dataset(stage.dataset)
     objective = make_objective(stage.objective)
     pairs_path = FLISM / dataset.name / "pairs.parquet"
     pairs = read_table(pairs_path, PAIRS) if objective.needs_local else None
+    negatives_path = TABLES / f"{dataset.name}.parquet"
+    # what a table that is not there means is said by whoever needs it
+    hard = objective.needs_negatives and negatives_path.is_file()
+    negatives = read_table(negatives_path, NEGATIVES) if hard else None
     clip = Clip.load(stage.start)
     start = weights_digest(stage.start)
     settings = to_dict(stage.config)
@@ -111,6 +116,7 @@ def _train(stage: Stage, params: Params, track: Tracker) -> bool:
             "seed": params.seed,
             "dataset": dataset.digest,
             "pairs": file_digest(pairs_path) if pairs is not None else None,
+            "negatives": file_digest(negatives_path) if negatives is not None else None,
             "start": start,
         }
     )
@@ -137,8 +143,9 @@ def _train(stage: Stage, params: Params, track: Tracker) -> bool:
             state_key=key,
             group=group,
             on_step=on_step,
-            on_epoch=validation(dataset, params, own, stage.step),
+            on_epoch=validation(dataset, params, own, stage.step, stage.config.captions),
             section=stage.section,
+            negatives=negatives,
         )
     if not group.main:
         return False
@@ -201,23 +208,28 @@ def _ancestry(start: Path, name: str, start_digest: str) -> dict[str, Any]:
 
 
 def validation(
-    dataset: Dataset, params: Params, device: torch.device, step: str
+    dataset: Dataset, params: Params, device: torch.device, step: str, captions: str = "long"
 ) -> Callable[[Clip, int], dict[str, float]] | None:
-    """Measures R@1 in percent, both ways, on the long captions of the split `val`; None where it has too few."""
+    """Measures R@1 in percent, both ways, on the captions of the split `val` that the training is about, `long` or `short`;
+    None where too few images have one."""
     import torch
 
     from fast_goal.evaluation.embedding import Captions, answer, questions
     from fast_goal.evaluation.retrieval import recall_at_k
 
-    if (dataset.split("val")["long_caption"].str.strip() != "").sum() < MINIMUM_VALIDATION:
+    records = dataset.split("val")
+    of = ([text] for text in records["long_caption"]) if captions == "long" else records["captions"]
+    if sum(any(text.strip() for text in texts) for texts in of) < MINIMUM_VALIDATION:
         return None
     asked = questions(dataclasses.replace(dataset, truth=None), "val")
-    asked = dataclasses.replace(asked, short=Captions([], asked.short.images[:0]))
+    nothing = Captions([], asked.short.images[:0])
+    asked = dataclasses.replace(asked, **{"short" if captions == "long" else "long": nothing})
+    measured_on = asked.long if captions == "long" else asked.short
 
     def measure(clip: Clip, epoch: int) -> dict[str, float]:
         found = answer(clip, asked, params.evaluate.batch_size, device, name=f"{step}, validation {epoch}")
-        texts = found.text_features[found.rows(asked.long.texts)]
-        recall = recall_at_k(found.image_features, texts, torch.from_numpy(asked.long.images), ks=[1])
+        texts = found.text_features[found.rows(measured_on.texts)]
+        recall = recall_at_k(found.image_features, texts, torch.from_numpy(measured_on.images), ks=[1])
         return {f"val_{direction}_R@1": values[1] for direction, values in recall.items()}
 
     return measure

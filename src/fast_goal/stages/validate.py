@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fast_goal.config import Params
-from fast_goal.errors import DataError, ValidationError
+from fast_goal.errors import DataError
 from fast_goal.files import read_json, write_json, write_text
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from fast_goal.tracking import Tracker
 
 FLISM, OUTPUT, BASE = Path("data/flism"), Path("data/validation"), Path("models/base/clip")
-EXAMPLES_SHOWN = 3  # failing rows in the error message; summary.md lists more
 BATCH_SIZE = 32
 TITLES = {"critical": "Critical failures", "warning": "Warnings", "info": "For information"}
 KEYS = {"critical": "critical", "warning": "warnings", "info": "info"}  # of the counts in summary.json
@@ -34,7 +33,7 @@ KEYS = {"critical": "critical", "warning": "warnings", "info": "info"}  # of the
 
 def main(params: Params, track: Tracker) -> None:
     """Runs the step. Raises ValidationError when a critical expectation fails, DataError for a missing table."""
-    from fast_goal.data.expectations import check
+    from fast_goal.data.expectations import check, stop_on_failure
     from fast_goal.data.quality import inspect_images
     from fast_goal.data.records import load_dataset
     from fast_goal.data.validation import Settings, examine, suites_of
@@ -66,7 +65,7 @@ def main(params: Params, track: Tracker) -> None:
     for picture in sorted(OUTPUT.glob("*.png")):
         track.artifact(picture)
     track.artifact(OUTPUT / "data_docs", "data_docs")
-    _stop_on_failure(outcomes)
+    stop_on_failure(outcomes, OUTPUT / "summary.md", OUTPUT / "data_docs")
 
 
 def _subject(params: Params, name: str, training: Dataset | None) -> Subject:
@@ -237,15 +236,3 @@ def _summary(outcomes: Sequence[Outcome], findings: Sequence[Findings]) -> str:
             ]
             lines.append("")
     return "\n".join(lines)
-
-
-def _stop_on_failure(outcomes: Sequence[Outcome]) -> None:
-    failures = [outcome for outcome in outcomes if outcome.critical_failure]
-    if not failures:
-        return
-    count = f"{len(failures)} critical expectation{'s' if len(failures) > 1 else ''} failed"
-    lines = [f"{count}; {OUTPUT / 'summary.md'} lists more rows, {OUTPUT / 'data_docs/index.html'} shows all."]
-    for outcome in failures:
-        head, *rest = outcome.lines(EXAMPLES_SHOWN)
-        lines += [head, *(f"    {line}" for line in rest)]
-    raise ValidationError("\n".join(lines))

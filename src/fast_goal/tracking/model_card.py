@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fast_goal.config import FinetuneConfig, Params
+from fast_goal.config import FinetuneConfig, Params, parts_of
 
 IN_FULL = ("long", "short", "localisation")  # tasks of which the table has metrics themselves, not only what they come down to
 KS = 2  # of these tasks, the first so many k; the report has all
@@ -86,7 +86,8 @@ def _first_ks(rows: Sequence[Comparison]) -> list[Comparison]:
 def _in_table(path: Sequence[str]) -> bool:
     if any(part.startswith("slices") for part in path):
         return False
-    return any(task in path for task in IN_FULL) or "drop" in path or path[-1].startswith("mAP")
+    suite = path[-1] in ("accuracy", "macro") and "groups" not in path
+    return any(task in path for task in IN_FULL) or "drop" in path or path[-1].startswith("mAP") or suite
 
 
 def model_card(
@@ -139,7 +140,7 @@ def model_card(
             + (f"first on `{first.dataset}` {_training(first.objective, first.training)}; then " if first.dataset else "")
             + f"on `{params.download.train_dataset}` {_training(params.objective, params.finetune)}. Seed {params.seed}. Text "
             f"context: {base.context_length} tokens. Pairs of region and sentence were found by FLISM (regions: "
-            f"{params.flism.regions}, best {params.flism.top_k} per image).",
+            f"{params.flism.regions}, best {params.flism.top_k} per image).{_hard_negatives(params)}",
             "",
             "## Data",
             *[_dataset_line(info, params) for info in datasets],
@@ -165,11 +166,26 @@ def model_card(
 
 
 def _training(objective: Mapping[str, Any], training: FinetuneConfig) -> str:
-    weights = ", ".join(f"{term} {weight:g}" for term, weight in (objective.get("weights") or {}).items())
     return (
-        f"with the objective `{objective.get('name')}` ({weights or 'no weights'}) for {training.epochs} epochs: "
+        f"with the objective `{objective.get('name')}` ({_terms(objective) or 'no weights'}) for {training.epochs} epochs: "
         f"batch {training.batch_size}, learning rate {training.learning_rate:g}, weight decay {training.weight_decay:g}"
     )
+
+
+def _hard_negatives(params: Params) -> str:
+    made = params.negatives
+    if made.generator == "none":
+        return ""
+    return (
+        f" Hard negatives of the {made.captions} captions: generator `{made.generator}`, at most {made.per_caption} for each."
+    )
+
+
+def _terms(objective: Mapping[str, Any]) -> str:
+    """The weights of an objective's terms, or of its parts and theirs."""
+    if parts := parts_of(objective):
+        return "; ".join(f"{objective['parts'][name]['weight']:g} {name} ({_terms(part)})" for name, part in parts.items())
+    return ", ".join(f"{term} {weight:g}" for term, weight in (objective.get("weights") or {}).items())
 
 
 def _dataset_line(info: Mapping[str, Any], params: Params) -> str:

@@ -21,7 +21,7 @@ import torch
 from fast_goal.errors import FastGoalError
 from fast_goal.files import atomic_path
 
-VERSION = 3
+VERSION = 4
 _log = logging.getLogger(__name__)
 
 
@@ -42,9 +42,11 @@ def save_state(
     progress: dict[str, Any],
     average: torch.nn.Module | None = None,
     keep: int = 1,
+    teacher: torch.nn.Module | None = None,
 ) -> None:
     """Writes the state atomically, then removes all but the last `keep`. `progress` holds plain values: steps done (`step`),
-    seconds spent, the history so far; `average` is the average of the model's weights, where one is kept.
+    seconds spent, the history so far; `average` is the average of the model's weights, `teacher` the one that teaches it, where
+    they are kept.
 
     Raises FastGoalError when the disk is full; the former states, if any, are then still there and whole.
     """
@@ -56,6 +58,7 @@ def save_state(
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "average": None if average is None else average.state_dict(),
+        "teacher": None if teacher is None else teacher.state_dict(),
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "progress": progress,
@@ -85,9 +88,10 @@ def load_state(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     average: torch.nn.Module | None = None,
+    teacher: torch.nn.Module | None = None,
 ) -> dict[str, Any] | None:
-    """Puts the newest state into the model, the optimiser and the average, and returns its `progress`; None when there is none
-    to continue.
+    """Puts the newest state into the model, the optimiser, the average and the teacher, and returns its `progress`; None when
+    there is none to continue.
 
     A state of another key or version, or one that cannot be read, is left alone with a warning and the one before is taken;
     without another the training starts from the beginning. Those left alone are removed as new ones are written.
@@ -105,6 +109,8 @@ def load_state(
         optimizer.load_state_dict(state["optimizer"])
         if average is not None:
             average.load_state_dict(state["average"])
+        if teacher is not None:
+            teacher.load_state_dict(state["teacher"])
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] and len(state["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda_rng"])
@@ -155,6 +161,6 @@ def _remove_halves(path: Path) -> None:
 
 def _megabytes(state: dict[str, Any]) -> float:
     slots = [value for slot in state["optimizer"]["state"].values() for value in slot.values()]
-    values = [*state["model"].values(), *(state["average"] or {}).values(), *slots]
+    values = [*slots, *(value for name in ("model", "average", "teacher") for value in (state[name] or {}).values())]
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6

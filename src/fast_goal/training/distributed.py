@@ -28,11 +28,12 @@ from fast_goal.objectives import Features, given
 
 TIMEOUT = timedelta(hours=1)  # the others wait while rank 0 measures on the validation split
 LOST = ("gloo", "NCCL")  # in the messages of torch's errors about a connection
-GLOBAL = ("image_global", "text_global")  # features [B, D]
+GLOBAL = ("image_global", "text_global", "teacher_image", "teacher_text")  # features [B, D]
 LOCAL = (  # features [P, D], weights [P] and boxes [P, 4]
     *("image_local", "text_local", "region", "sentence"),
     *("region_weight", "sentence_weight", "local_weight", "local_boxes"),
 )
+NEGATIVE = ("text_negatives", "teacher_negatives")  # features [N, D]
 
 
 @dataclass(frozen=True)
@@ -192,23 +193,33 @@ def any_rank(value: bool, group: Group) -> bool:
     return bool(found)
 
 
-def gathered(features: Features, pairs: Sequence[int], group: Group) -> Features:
-    """The features of all processes in the order of their ranks, those of the global rows and of the local pairs apart.
+def gathered(features: Features, pairs: Sequence[int], group: Group, negatives: Sequence[int] = ()) -> Features:
+    """The features of all processes in the order of their ranks, those of the global rows, of the local pairs and of the hard
+    negatives apart.
 
-    features: of this process, B / world samples and pairs[rank] local pairs; `pairs` counts them for every rank. Gradients
-    flow into this process's rows alone: every process computes the same loss of the whole batch, so that its own rows get
-    their whole gradient here. The logit scale, which all have, gets a share of 1 / world.
+    features: of this process, B / world samples, pairs[rank] local pairs and, if there are any at all, negatives[rank] hard
+    negatives; `pairs` and `negatives` count them for every rank. Gradients flow into this process's rows alone: every process
+    computes the same loss of the whole batch, so that its own rows get their whole gradient here. The logit scale, which all
+    have, gets a share of 1 / world.
     """
     if group.world == 1:
         return features
     rows = len(features.image_global)
-    # float32 holds row numbers exactly up to 2**24
-    own_rows = (features.local_rows + group.rank * rows).to(features.image_local.dtype)
+
+    def shifted(own: torch.Tensor) -> torch.Tensor:
+        # float32 holds row numbers exactly up to 2**24
+        return (own + group.rank * rows).to(features.image_global.dtype)
+
     joined = _all(given(features, GLOBAL), [rows] * group.world, group)
-    joined |= _all(given(features, LOCAL) | {"local_rows": own_rows}, pairs, group)
+    joined |= _all(given(features, LOCAL) | {"local_rows": shifted(features.local_rows)}, pairs, group)
+    if features.text_negatives is not None:
+        own = given(features, NEGATIVE) | {"negative_rows": shifted(features.negative_rows)}
+        own["negative_slots"] = features.negative_slots.to(features.image_global.dtype)
+        joined |= _all(own, negatives, group)
+    joined |= {name: joined[name].long() for name in ("local_rows", "negative_rows", "negative_slots") if name in joined}
     scale = features.scale
     scale = scale.detach() + (scale - scale.detach()) / group.world
-    return Features(**joined | {"local_rows": joined["local_rows"].long()}, scale=scale)
+    return Features(**joined, negative_count=features.negative_count, scale=scale)
 
 
 def _all(own: dict[str, torch.Tensor], counts: Sequence[int], group: Group) -> dict[str, torch.Tensor]:

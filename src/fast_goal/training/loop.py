@@ -52,9 +52,13 @@ def finetune(
     on_step: OnStep | None = None,
     on_epoch: OnEpoch | None = None,
     section: str = "finetune",
+    negatives: pd.DataFrame | None = None,
 ) -> dict[str, Any]:
     """Trains `clip` in place on one split and returns a summary. The result are the weights of the last epoch, or of the best
     with `config.result` "best"; with `config.ema` their average.
+
+    `negatives` is the table of hard negatives (data.records.NEGATIVES), for an objective that needs them. An objective that
+    needs a teacher has an average of the weights that starts with those the training starts with; it is kept in the state.
 
     `config.view` becomes the model's own view, so that whoever uses it shows it images as the training did. `section` is where
     the settings stand in params.yaml, for messages.
@@ -71,9 +75,9 @@ def finetune(
     step at hand, with its state written; what was still to be measured after an epoch is measured by the resumed one. The
     caller removes the states once it has saved the model.
 
-    Raises DataError for an image that cannot be read, ConfigError for a batch that cannot be shared or a best epoch that
-    nothing measures, FastGoalError when the loss is not finite or has diverged, memory does not suffice, the disk is full, or
-    another process has gone.
+    Raises DataError for an image that cannot be read, ConfigError for a batch that cannot be shared, a best epoch that nothing
+    measures, or hard negatives that are needed and not there, FastGoalError when the loss is not finite or has diverged, memory
+    does not suffice, the disk is full, or another process has gone.
     """
     started = time.perf_counter()
     group = group or Group()
@@ -81,11 +85,11 @@ def finetune(
     for name, value in (("result", config.result), ("patience", config.patience)):
         if on_epoch is None and value not in ("last", None):
             raise ConfigError(
-                f"{section}.{name} = {value!r} needs a split `val` with long captions of two images or more, and data set "
-                f"{dataset.name!r} has none. Set it to {'last' if name == 'result' else 'null'}."
+                f"{section}.{name} = {value!r} needs a split `val` with {config.captions} captions of two images or more, and "
+                f"data set {dataset.name!r} has none. Set it to {'last' if name == 'result' else 'null'}."
             )
     clip.view_mode = config.view
-    samples = pair_dataset(dataset, split, pairs, clip, objective, config, group, device, section)
+    samples = pair_dataset(dataset, split, pairs, clip, objective, config, group, device, section, negatives)
     check_batch(config.batch_size, group, len(samples), section)
     pinned = device.type == "cuda"
     loader = Loader(samples, config.batch_size, seed, config.workers, pinned, config.length_groups, section)
@@ -124,17 +128,30 @@ class _Training:
         self.optimizer = make_optimizer(groups, config.learning_rate, config.weight_decay)
         self.average = None if config.ema is None else Average(clip, config.ema)
         self.result = clip if self.average is None else self.average.model
-        progress = load_state(state_path, state_key, clip, self.optimizer, self.average and self.average.model)
+        decay = objective.teacher_decay
+        self.teacher = None if decay is None else Average(clip, decay, from_start=True)
+        if self.teacher is not None:
+            self.teacher.model.eval().checkpointed(False)  # without a graph there is nothing to compute again
+        progress = load_state(state_path, state_key, clip, self.optimizer, _model(self.average), _model(self.teacher))
         progress = progress or {"step": 0, "seconds": 0.0, "history": []}
         if config.compile:
             clip.compile()
+            if self.teacher is not None:
+                self.teacher.model.compile()
         self.step = self.first_step = progress["step"]
         self.started = started - progress["seconds"]
         check_step(self.step, state_path, group)
         self.recorder = Recorder(section, on_step, progress["history"], config.diverged)
         self.best = Best(Path(f"{state_path}.best"), self.recorder.history, keep=config.result == "best")
         self.train_step = TrainStep(
-            clip, objective, self.optimizer, self.dtype, config.gradient_clip, config.max_logit_scale, group
+            clip,
+            objective,
+            self.optimizer,
+            self.dtype,
+            config.gradient_clip,
+            config.max_logit_scale,
+            group,
+            _model(self.teacher),
         )
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -185,8 +202,9 @@ class _Training:
         with _memory_advice(config, self.loader.batch_size // self.group.world, self.section):
             values = self.train_step([part.to(self.device) for part in batch.split(config.accumulate)])
         self.step += 1
-        if self.average is not None:
-            self.average.update(self.step)
+        for average in (self.average, self.teacher):
+            if average is not None:
+                average.update(self.step)
         self.recorder.add(self.step, self.loader.batch_size, values)
         last = self.step % self.loader.steps == 0
         if last or self.step % config.log_every == 0:
@@ -229,8 +247,8 @@ class _Training:
         self.recorder.check(self.step, self.clip.parameters())  # no state holds weights that are spoilt
         if self.group.main:
             now = {"step": self.step, "seconds": self._seconds(), "history": self.recorder.history}
-            average = None if self.average is None else self.average.model
-            save_state(self.state_path, self.state_key, self.clip, self.optimizer, now, average, self.config.keep_states)
+            average, teacher, keep = _model(self.average), _model(self.teacher), self.config.keep_states
+            save_state(self.state_path, self.state_key, self.clip, self.optimizer, now, average, keep, teacher)
             self.recorder.pause()
 
     def _leave(self) -> None:
@@ -258,6 +276,10 @@ class _Training:
             good = next((file for step, file in states(self.state_path).items() if step < error.since), None)
             state = "No state from before it is kept." if good is None else f"The last good state is {good}."
             raise FastGoalError(f"{error} Its batch: {shown}. {state}") from None
+
+
+def _model(average: Average | None) -> Clip | None:
+    return None if average is None else average.model
 
 
 @contextmanager

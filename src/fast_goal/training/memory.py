@@ -33,8 +33,9 @@ from fast_goal.config import FinetuneConfig
 from fast_goal.model.clip import Clip
 from fast_goal.objectives import Features, Objective, given
 from fast_goal.training.batches import Batch
+from fast_goal.training.distributed import GLOBAL, NEGATIVE
 from fast_goal.training.schedule import parameter_groups
-from fast_goal.training.step import ENCODED, POOLED, batch_features
+from fast_goal.training.step import ENCODED, POOLED, TEACHER, batch_features
 
 CONTEXT = 600_000_000  # bytes of the CUDA context and of the libraries' workspaces; a guess
 FRAGMENTED = 0.05  # of what a step allocates, lost between blocks; a guess
@@ -45,12 +46,14 @@ SMALLEST_PART = 8  # samples; a guess of what still keeps a GPU busy
 
 
 class Inputs(NamedTuple):
-    """What a sample is made of: the tokens of the longest long caption and of the longest sentence, start and end included,
-    and the local pairs of an image."""
+    """What a sample is made of: the tokens of the longest caption, of the longest sentence and of the longest hard negative,
+    start and end included, and the local pairs of an image and hard negatives of a caption."""
 
     caption_tokens: int
     sentence_tokens: int
     pairs: int
+    negative_tokens: int = 0
+    negatives: int = 0
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -63,27 +66,30 @@ class Plan:
 
     @property
     def time(self) -> float:
-        """Of a step, in forward passes. A backward pass costs two; checkpointing and accumulation one more each."""
+        """Of a step, in forward passes. A backward pass costs two; checkpointing and accumulation one more each. A teacher's
+        pass, which is there with all plans, is left out."""
         passes = 3 + self.checkpointing + (self.accumulate > 1)
         return passes * (BF16_TIME if self.bf16 else 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes that a step needs at its peak: `weights`, `gradients`, `optimizer` (AdamW's two averages) and `average` (EMA)
-    do not depend on the batch; `activations` do, with what else the towers and the objective hold, `inputs` too."""
+    """Bytes that a step needs at its peak: `weights`, `gradients`, `optimizer` (AdamW's two averages), `average` (EMA) and
+    `teacher` do not depend on the batch; `activations` do, with what else the towers and the objective hold, `inputs` too.
+    What passes while the teacher computes is gone before the activations come, and less."""
 
     weights: int
     gradients: int
     optimizer: int
     average: int
+    teacher: int
     inputs: int
     activations: int
 
     @property
     def fixed(self) -> int:
         """What is there whatever the batch."""
-        return self.weights + self.gradients + self.optimizer + self.average
+        return self.weights + self.gradients + self.optimizer + self.average + self.teacher
 
     @property
     def allocated(self) -> int:
@@ -120,7 +126,8 @@ class StepMemory:
 
     def __init__(self, clip: Clip, objective: Objective, config: FinetuneConfig, inputs: Inputs, world: int = 1):
         self.clip, self.objective, self.config, self.world = clip, objective, config, world
-        self.inputs = inputs if objective.needs_local else inputs._replace(pairs=0)
+        inputs = inputs if objective.needs_local else inputs._replace(pairs=0)
+        self.inputs = inputs if objective.needs_negatives else inputs._replace(negatives=0)
         self._traced: dict[tuple[bool, bool], _Line] = {}
 
     def need(self, plan: Plan, batch_size: int) -> Need:
@@ -139,6 +146,7 @@ class StepMemory:
             gradients=trained,
             optimizer=2 * trained,
             average=0 if self.config.ema is None else weights,
+            teacher=0 if self.objective.teacher_decay is None else weights,
             inputs=round(own * self._input_bytes),
             activations=round(activations),
         )
@@ -171,8 +179,8 @@ class StepMemory:
         """The peak of one part of n samples, forward and backward, over what is there before."""
         key = plan.bf16, plan.checkpointing
         if key not in self._traced:
-            pooled = self.objective.needs_pooled
-            found = tuple(encoding_peak(self.clip, self._batch(count), *key, self._trained, pooled) for count in TRACED)
+            looked_at = self.objective.needs_pooled, self.objective.needs_negatives
+            found = tuple(encoding_peak(self.clip, self._batch(count), *key, self._trained, *looked_at) for count in TRACED)
             self._traced[key] = _Line.through(TRACED, found)
         return self._traced[key]
 
@@ -186,7 +194,8 @@ class StepMemory:
 
     @cached_property
     def _objective_peaks(self) -> list[tuple[int, int]]:
-        return [objective_peak(self.clip, self.objective, count, self.inputs.pairs) for count in COMPARED]
+        pairs, negatives = self.inputs.pairs, self.inputs.negatives
+        return [objective_peak(self.clip, self.objective, count, pairs, negatives) for count in COMPARED]
 
     def _batch(self, count: int) -> Batch:
         return fake_batch(self.clip, self.inputs, count)
@@ -194,12 +203,12 @@ class StepMemory:
 
 def fake_batch(clip: Clip, inputs: Inputs, count: int) -> Batch:
     """A batch of `count` samples without content, on the fake tensors of `clip`."""
-    pairs = count * inputs.pairs
+    pairs, negatives = count * inputs.pairs, count * inputs.negatives
     size = clip.image_size
     with _mode(clip):
         return Batch(
             images=torch.zeros(count + pairs, 3, size, size, dtype=torch.uint8),
-            long_tokens=torch.zeros(count, inputs.caption_tokens, dtype=torch.int64),
+            caption_tokens=torch.zeros(count, inputs.caption_tokens, dtype=torch.int64),
             sentence_tokens=torch.zeros(pairs, inputs.sentence_tokens, dtype=torch.int64),
             local_rows=torch.zeros(pairs, dtype=torch.int64),
             boxes=torch.zeros(pairs, 4),
@@ -207,6 +216,11 @@ def fake_batch(clip: Clip, inputs: Inputs, count: int) -> Batch:
             regions=torch.zeros(pairs, 4),
             local_weights=torch.zeros(pairs),
             rank_pairs=(pairs,),
+            negative_tokens=torch.zeros(negatives, inputs.negative_tokens, dtype=torch.int64),
+            negative_rows=torch.zeros(negatives, dtype=torch.int64),
+            negative_slots=torch.zeros(negatives, dtype=torch.int64),
+            negative_count=inputs.negatives,
+            rank_negatives=(negatives,),
         )
 
 
@@ -227,9 +241,10 @@ def encoding_peak(
     checkpointing: bool,
     trained: Iterable[nn.Parameter] | None = None,
     pooled: bool = True,
+    negatives: bool = False,
 ) -> int:
     """Bytes that encoding a batch and going back through it takes at its peak, beside weights, their gradients and the batch
-    itself. `pooled`: whether tokens are pooled."""
+    itself. `pooled`: whether tokens are pooled; `negatives`: whether hard negatives are encoded."""
     clip.checkpointed(checkpointing)
     with _mode(clip):
         trained = list(clip.parameters() if trained is None else trained)
@@ -237,7 +252,7 @@ def encoding_peak(
             parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in trained]
         with Live([*clip.parameters(), *clip.buffers(), *gradients, *_tensors(batch)]) as live:
-            features = batch_features(clip, batch, torch.bfloat16 if bf16 else None, pooled)
+            features = batch_features(clip, batch, torch.bfloat16 if bf16 else None, pooled, negatives)
             wanted = [value for value in given(features, ENCODED).values() if value.requires_grad]
             torch.autograd.backward(wanted, [torch.ones_like(value) for value in wanted])
         clip.zero_grad(set_to_none=True)
@@ -245,23 +260,31 @@ def encoding_peak(
     return live.peak
 
 
-def objective_peak(clip: Clip, objective: Objective, count: int, pairs: int) -> tuple[int, int]:
-    """Bytes at the peak of the objective over `count` samples with `pairs` local pairs each, forward and backward, and bytes
-    of the features with their gradients."""
-    local = count * pairs
+def objective_peak(clip: Clip, objective: Objective, count: int, pairs: int, negatives: int = 0) -> tuple[int, int]:
+    """Bytes at the peak of the objective over `count` samples with `pairs` local pairs and `negatives` hard negatives each,
+    forward and backward, and bytes of the features with their gradients, the teacher's, which have none, included."""
+    local, hard = count * pairs, count * negatives
     with _mode(clip), Live() as live:
         names = [name for name in ENCODED if objective.needs_pooled or name not in POOLED]
-        rows = {name: count if name.endswith("_global") else local for name in names}
+        names = [name for name in names if objective.needs_negatives or name not in NEGATIVE]
+        taught = [*TEACHER] if objective.teacher_decay is not None else []
+        taught = [name for name in taught if objective.needs_negatives or name not in NEGATIVE]
+        rows = {name: count if name in GLOBAL else hard if name in NEGATIVE else local for name in (*names, *taught)}
         features = Features(
             **{name: torch.ones(rows[name], clip.embed_dim, requires_grad=True) for name in names},
+            **{name: torch.ones(rows[name], clip.embed_dim) for name in taught},
             **{f"{name}_weight": torch.ones(local) for name in names if name in POOLED},
             local_rows=torch.zeros(local, dtype=torch.int64),
             local_weight=torch.ones(local),
             local_boxes=torch.ones(local, 4),
+            negative_rows=torch.zeros(hard, dtype=torch.int64) if objective.needs_negatives else None,
+            negative_slots=torch.zeros(hard, dtype=torch.int64) if objective.needs_negatives else None,
+            negative_count=negatives,
             scale=torch.ones((), requires_grad=True),
         )
         objective(features)["loss"].backward()
-    return live.peak, sum(2 * _size(getattr(features, name)) for name in names)
+    leaves = sum(2 * _size(getattr(features, name)) for name in names)
+    return live.peak, leaves + sum(_size(getattr(features, name)) for name in taught)
 
 
 class Live(TorchDispatchMode):

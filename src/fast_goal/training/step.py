@@ -1,12 +1,13 @@
 """One step of fine-tuning: from a batch to an update of the weights.
 
-Every input is encoded once: the global images and the local crops in one batch, the long captions and the sentences in
-one pass each, trimmed separately. With accumulation a batch goes through the towers in parts, and the loss is still that
-of the whole batch: the features of all parts first, without a graph; the loss and its gradient with respect to them; then
-each part again, with a graph, into which its share of that gradient is fed (Gao et al. 2021, "Scaling deep contrastive
-learning batch size under memory limited setup"). It costs a second forward pass.
+Every input is encoded once: the global images and the local crops in one batch; the captions, the sentences and the hard
+negatives in one pass each, trimmed separately; and, where there is a teacher, once more by it. With accumulation a batch
+goes through the towers in parts, and the loss is still that of the whole batch: the features of all parts first, without a
+graph; the loss and its gradient with respect to them; then each part again, with a graph, into which its share of that
+gradient is fed (Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup"). It costs a
+second forward pass, but none of the teacher.
 
-Letters: B samples of a batch, P local pairs of them, D embedding width.
+Letters: B samples of a batch, P local pairs of them, N hard negatives of their captions, D embedding width.
 """
 
 from __future__ import annotations
@@ -32,30 +33,32 @@ from fast_goal.training.distributed import Group, gathered
 # the features that may have gradients, of each tower; the first are there for every objective and in every batch
 TOWERS = {
     "image": ("image_global", "image_local", "region"),
-    "text": ("text_global", "text_local", "sentence"),
+    "text": ("text_global", "text_local", "sentence", "text_negatives"),
     "both": ("scale",),
 }
 ENCODED = (*TOWERS["image"], *TOWERS["text"])
 POOLED = ("region", "sentence")  # of them, from tokens
+TEACHER = ("teacher_image", "teacher_text", "teacher_negatives")
 
 
 class Encoder(torch.nn.Module):
     """`batch_features` as a module, which DistributedDataParallel can wrap."""
 
-    def __init__(self, clip: Clip, dtype: torch.dtype | None = None, pooled: bool = True):
+    def __init__(self, clip: Clip, dtype: torch.dtype | None = None, pooled: bool = True, negatives: bool = False):
         super().__init__()
-        self.clip, self.dtype, self.pooled = clip, dtype, pooled
+        self.clip, self.dtype, self.pooled, self.negatives = clip, dtype, pooled, negatives
 
     def forward(self, batch: Batch) -> Features:
         """The features of the batch."""
-        return batch_features(self.clip, batch, self.dtype, self.pooled)
+        return batch_features(self.clip, batch, self.dtype, self.pooled, self.negatives)
 
 
 class TrainStep:
     """One update of `clip`, called with the parts of a batch (`Batch.split`) on the device.
 
     `group`: the processes that share the batch; each calls its own step with its own share, and all get the same update.
-    `max_logit_scale` holds the logit scale below it. A tower, or the logit scale, that the objective does not look at stays as
+    `max_logit_scale` holds the logit scale below it. `teacher` is there where the objective looks at one; whoever calls changes
+    it after the step. A tower, or the logit scale, that the objective does not look at stays as
     it is: it gets no gradient, and no weight decay acts on it.
     """
 
@@ -68,11 +71,12 @@ class TrainStep:
         gradient_clip: float | None = None,
         max_logit_scale: float | None = None,
         group: Group | None = None,
+        teacher: Clip | None = None,
     ):
-        self.clip, self.objective, self.optimizer = clip, objective, optimizer
+        self.clip, self.objective, self.optimizer, self.teacher = clip, objective, optimizer, teacher
         self.gradient_clip, self.max_logit_scale = gradient_clip, max_logit_scale
         self.group = group or Group()
-        self._plain = self._encode = Encoder(clip, dtype, objective.needs_pooled)
+        self._plain = self._encode = Encoder(clip, dtype, objective.needs_pooled, objective.needs_negatives)
         if self.group.world > 1:
             # the buffers are constants; torch 2.13 gave the option another name
             known = inspect.signature(DistributedDataParallel).parameters
@@ -86,11 +90,14 @@ class TrainStep:
     def __call__(self, parts: Sequence[Batch]) -> dict[str, torch.Tensor]:
         """Returns the objective's scalars and the logit scale, on the device and detached."""
         self.optimizer.zero_grad(set_to_none=True)
+        taught = self._taught(parts)  # before the activations of the others take their memory
         whole = self._encode(parts[0]) if len(parts) == 1 else self._without_graph(parts)
         leaves = dataclasses.replace(
-            whole, **{name: value.detach().requires_grad_() for name, value in given(whole, (*ENCODED, "scale")).items()}
+            whole,
+            **{name: value.detach().requires_grad_() for name, value in given(whole, (*ENCODED, "scale")).items()},
+            **taught,
         )
-        terms = self.objective(gathered(leaves, parts[0].rank_pairs, self.group))
+        terms = self.objective(gathered(leaves, parts[0].rank_pairs, self.group, parts[0].rank_negatives))
         # DistributedDataParallel takes the mean over the processes; the gradient is the sum of what they contribute
         (terms["loss"] * self.group.world).backward()
         self._feed(parts, leaves, whole if len(parts) == 1 else None)
@@ -102,15 +109,23 @@ class TrainStep:
                 self.clip.model.logit_scale.clamp_(max=math.log(self.max_logit_scale))
         return {name: value.detach() for name, value in terms.items()} | {"logit_scale": leaves.scale.detach()}
 
+    def _taught(self, parts: Sequence[Batch]) -> dict[str, torch.Tensor]:
+        """What the teacher makes of all parts; nothing where there is none."""
+        if self.teacher is None:
+            return {}
+        found = [teacher_features(self.teacher, part, self._plain.dtype, self._plain.negatives) for part in parts]
+        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+
     def _without_graph(self, parts: Sequence[Batch]) -> Features:
         """The features of all parts as those of one batch."""
         with torch.no_grad():
             found = [self._plain(part) for part in parts]
-        names = (*ENCODED, "region_weight", "sentence_weight", "local_weight", "local_boxes")
+        names = (*ENCODED, "region_weight", "sentence_weight", "local_weight", "local_boxes", "negative_slots")
         joined = {name: torch.cat([getattr(part, name) for part in found]) for name in given(found[0], names)}
-        firsts = accumulate((len(part) for part in parts), initial=0)
-        rows = torch.cat([part.local_rows + first for part, first in zip(parts, firsts, strict=False)])
-        return Features(**joined, local_rows=rows, scale=found[0].scale)
+        firsts = list(accumulate((len(part) for part in parts[:-1]), initial=0))
+        for name in given(found[0], ("local_rows", "negative_rows")):
+            joined[name] = torch.cat([getattr(part, name) + first for part, first in zip(found, firsts, strict=True)])
+        return dataclasses.replace(found[0], **joined)
 
     def _feed(self, parts: Sequence[Batch], leaves: Features, encoded: Features | None) -> None:
         """Sends the gradient of the features through the towers. `encoded`: the features with their graph, where one part is
@@ -123,8 +138,7 @@ class TrainStep:
             raise ConfigError("The setting `freeze` leaves nothing to train: the objective looks at frozen towers alone.")
         shares: dict[str, Sequence[torch.Tensor]] = {}
         for name in (name for names in looked_at.values() for name in names if name != "scale"):
-            sizes = [len(part) if name.endswith("_global") else len(part.local_rows) for part in parts]
-            shares[name] = getattr(leaves, name).grad.split(sizes)
+            shares[name] = getattr(leaves, name).grad.split([_rows(part, name) for part in parts])
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
             with nullcontext() if last or self.group.world == 1 else self._encode.no_sync():
@@ -134,7 +148,7 @@ class TrainStep:
                     if leaves.scale.grad is not None:
                         gradients["scale"] = leaves.scale.grad
                     for tower, names in TOWERS.items():
-                        # no local pair in any part; and DistributedDataParallel waits for every parameter
+                        # no local pair, or no negative, in any part; and DistributedDataParallel waits for every parameter
                         missing = looked_at[tower] and self._towers[tower][0].grad is None
                         if (missing or self.group.world > 1) and gradients.keys().isdisjoint(names):
                             gradients[names[0]] = torch.zeros_like(getattr(found, names[0]))
@@ -148,22 +162,51 @@ class TrainStep:
                     parameter.grad = None
 
 
-def batch_features(clip: Clip, batch: Batch, dtype: torch.dtype | None = None, pooled: bool = True) -> Features:
-    """What the objective compares, in float32: each image, caption and sentence goes through its tower once.
+def _rows(part: Batch, name: str) -> int:
+    """How many rows a feature has in a part."""
+    return len(part) if name.endswith("_global") else len(part.negative_rows if name == "text_negatives" else part.local_rows)
 
-    `region` [P, D] is the mean of the global image's patch tokens over the box, `sentence` [P, D] the mean of the long
+
+@torch.no_grad()
+def teacher_features(teacher: Clip, batch: Batch, dtype: torch.dtype | None, negatives: bool) -> dict[str, torch.Tensor]:
+    """The features of the batch that an objective may ask of a teacher, in float32 and without a graph, by their names in
+    Features: those of the whole images, of the captions and, with `negatives`, of the hard negatives."""
+    with torch.autocast(batch.images.device.type, dtype=dtype, enabled=dtype is not None):
+        encoded = teacher(images=normalised(batch.images[: len(batch)], teacher.mean, teacher.std), tokens=batch.caption_tokens)
+        found = [encoded.image_features, encoded.text_features]
+        if negatives:
+            found.append(_text_features(teacher, batch.negative_tokens, encoded.text_features))
+    return {name: value.float() for name, value in zip(TEACHER, found, strict=False)}
+
+
+def _text_features(clip: Clip, tokens: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """tokens [T, L] -> [T, D], also of no text; `others` are of the same width and type."""
+    return clip(tokens=tokens).text_features if len(tokens) else others[:0]
+
+
+def batch_features(
+    clip: Clip, batch: Batch, dtype: torch.dtype | None = None, pooled: bool = True, negatives: bool = False
+) -> Features:
+    """What the objective compares, in float32: each image, caption, sentence and hard negative goes through its tower once.
+
+    `region` [P, D] is the mean of the global image's patch tokens over the box, `sentence` [P, D] the mean of the
     caption's tokens over the sentence's span, both through CLIP's own norm and projection. A box or span of which nothing
-    is visible has the weight 0. With `pooled` False there are none of these four. `dtype` is that of autocast, None for none.
+    is visible has the weight 0. With `pooled` False there are none of these four; without `negatives` none of the hard
+    negatives. `dtype` is that of autocast, None for none.
     """
     rows = batch.local_rows
-    count = len(batch.long_tokens)
+    count = len(batch)
+    hard: dict[str, torch.Tensor] = {}
     tokens: dict[str, torch.Tensor] = {}
     with torch.autocast(batch.images.device.type, dtype=dtype, enabled=dtype is not None):
-        encoded = clip(images=normalised(batch.images, clip.mean, clip.std), tokens=batch.long_tokens)
-        local_text = clip(tokens=batch.sentence_tokens).text_features if len(rows) else encoded.text_features[:0]
+        encoded = clip(images=normalised(batch.images, clip.mean, clip.std), tokens=batch.caption_tokens)
+        local_text = _text_features(clip, batch.sentence_tokens, encoded.text_features)
+        if negatives:
+            hard["text_negatives"] = _text_features(clip, batch.negative_tokens, encoded.text_features).float()
+            hard |= {"negative_rows": batch.negative_rows, "negative_slots": batch.negative_slots}
         if pooled and len(rows):
             in_box = patch_mask(batch.boxes, clip.image_size, clip.patch_size)
-            in_span = span_mask(batch.spans, batch.long_tokens.shape[1])
+            in_span = span_mask(batch.spans, batch.caption_tokens.shape[1])
             tokens = {
                 "region": clip.project_image(masked_mean(encoded.image_tokens[rows], in_box)),
                 "sentence": clip.project_text(masked_mean(encoded.text_tokens[rows], in_span)),
@@ -181,5 +224,7 @@ def batch_features(clip: Clip, batch: Batch, dtype: torch.dtype | None = None, p
         local_rows=rows,
         local_weight=batch.local_weights,
         local_boxes=batch.regions,
+        **hard,
+        negative_count=batch.negative_count,
         scale=clip.logit_scale.float(),
     )

@@ -4,7 +4,8 @@
     captioner.caption([image, image])  ->  [Answer("A dog sits on ...", "stop"), Failure("timeout", "...")]
 
 A captioner hands over what the model said, word for word; `editing.py` makes captions of it, `asking.py` works through
-a folder and keeps every answer (`store.py`). A new kind is a new file here with `@captioner(kind)`.
+a folder and keeps every answer. What captioners share with other models that write is in `data.generation`. A new kind is a
+new file here with `@captioner(kind)`.
 """
 
 from __future__ import annotations
@@ -18,27 +19,9 @@ from typing import Any, Literal, Protocol
 from PIL import Image
 
 from fast_goal.config import number
+from fast_goal.data.generation import Answer, Failure
 from fast_goal.errors import ConfigError
 from fast_goal.files import digest
-
-Finish = Literal["stop", "length", "refused"]  # length: the model was cut off by max_new_tokens
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model said about an image, and why it stopped. model: its name, with the revision where that is known."""
-
-    text: str
-    finish: Finish
-    model: str
-
-
-@dataclass(frozen=True)
-class Failure:
-    """No answer to be had for one image: `reason` is one of a few words, to count by. The next run asks again."""
-
-    reason: str
-    detail: str
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ from fast_goal.errors import ConfigError
 
 @dataclass
 class Loaded:
-    """What a source hands over: rows of the tables RECORDS, SKIPPED, TRUTH and OBJECTS of `data.records`.
+    """What a source hands over: rows of the tables RECORDS, SKIPPED, TRUTH, OBJECTS, CHOICES and LABELS of `data.records`.
 
     `root` is the folder that `image_path` is relative to; `notes` are sentences for the reader of the log; `hashes` are
     rows of HASHES, None where the images were not decoded; `published` counts the samples of the publication's own
-    splits, under its own names, before anything is left out.
+    splits, under its own names, before anything is left out; `classes`: see `data.records.Dataset`.
     """
 
     root: Path
@@ -40,6 +40,9 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
     hashes: list[dict[str, Any]] | None = None
     published: dict[str, int] = field(default_factory=dict)
+    choices: list[dict[str, Any]] | None = None
+    labels: list[dict[str, Any]] | None = None
+    classes: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ a scene gets the same plan: its caption differs only in the words for what diffe
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,6 +130,8 @@ RICH = Wording(
     short_overall=0.3,
 )
 REMARK_SHARE, COUNT_SHARE = 0.6, 0.5  # of the long captions of a wording that has them
+# Of the templates for one thing, those that stay good English with "a red star and a blue cup" in its place
+_FITS_TWO = re.compile(r"(there is|see|shows|drew|has|make out) \{thing\}|\{thing\} can be", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -205,9 +208,14 @@ def plan_count(generator: np.random.Generator, scene: Scene, wording: Wording) -
     return Count(attribute, value, number, wording.counts[int(generator.integers(len(wording.counts)))])
 
 
+def centre(box: np.ndarray) -> tuple[float, float]:
+    """The middle of a box, (x, y)."""
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+
+
 def cell(box: np.ndarray) -> tuple[int, int] | None:
     """Row and column of the 3x3 grid of the box's centre, None too near a line of the grid."""
-    x, y = _centre(box)
+    x, y = centre(box)
     near_line = any(abs(value - line) < CELL_MARGIN for value in (x, y) for line in (1 / 3, 2 / 3))
     return None if near_line else (int(3 * y), int(3 * x))
 
@@ -215,10 +223,16 @@ def cell(box: np.ndarray) -> tuple[int, int] | None:
 def relation(box: np.ndarray, other: np.ndarray, diagonal: bool = False) -> str | None:
     """Where `box` lies seen from `other`: one of RELATIONS, None if too far, too close or askew to say. With `diagonal` one of
     DIAGONALS where it lies nearly so, and RELATIONS only where it lies straighter than without."""
-    dx, dy = _centre(box) - _centre(other)
-    along, askew = max(abs(dx), abs(dy)), min(abs(dx), abs(dy))
-    if along < APART or np.hypot(dx, dy) > NEAR:
+    (x, y), (other_x, other_y) = centre(box), centre(other)
+    dx, dy = x - other_x, y - other_y
+    if max(abs(dx), abs(dy)) < APART or np.hypot(dx, dy) > NEAR:
         return None
+    return direction(dx, dy, diagonal)
+
+
+def direction(dx: float, dy: float, diagonal: bool = False) -> str | None:
+    """The word of `relation` for this way from the other's centre, however long it is; None where it is askew."""
+    along, askew = max(abs(dx), abs(dy)), min(abs(dx), abs(dy))
     if diagonal and askew > 0.7 * along:
         return DIAGONALS[2 * (dy > 0) + (dx > 0)]
     if askew > (0.4 if diagonal else 0.6) * along:
@@ -239,19 +253,26 @@ def holds(plan: Plan, boxes: np.ndarray) -> bool:
     return cell(boxes[plan.thing]) == plan.place
 
 
-def word_thing(plan: Plan, scene: Scene) -> str:
-    """The planned sentence about this scene."""
+def fits_two(template: str) -> bool:
+    """Whether a template for one thing can take two."""
+    return bool(_FITS_TWO.search(template))
+
+
+def word_thing(plan: Plan, scene: Scene, also: Thing | None = None) -> str:
+    """The planned sentence about this scene. `also`: a second thing to be named, where the template `fits_two`."""
     place = ""
     if plan.place is not None:
         first, second = plan.place
         place = f"{first} the {_look(scene.things[second])}" if isinstance(first, str) else plan.positions[first][second]
     thing = _noun(scene.things[plan.thing], plan)
+    if also is not None:
+        thing = f"{thing} and {_noun(also, plan)}"
     return plan.template.format(thing=thing, Thing=_capital(thing), place=place, Place=_capital(place))
 
 
-def word_overall(template: str, scene: Scene) -> str:
-    """The sentence about the whole scene: number of things and background."""
-    number, background = ALL_NUMBERS[len(scene.things)], f"a {scene.texture} {scene.background} background"
+def word_overall(template: str, scene: Scene, things: int | None = None) -> str:
+    """The sentence about the whole scene: number of things (`things` where it is to say another) and background."""
+    number, background = ALL_NUMBERS[things or len(scene.things)], f"a {scene.texture} {scene.background} background"
     return template.format(number=number, Number=_capital(number), background=background, Background=_capital(background))
 
 
@@ -280,10 +301,6 @@ def long_caption(plans: list[Plan | Count | str], scene: Scene) -> tuple[str, li
         said.append(Said(plan.thing if isinstance(plan, Plan) else None, start, start + len(sentence)))
         start += len(sentence) + 1
     return " ".join(sentences), said
-
-
-def _centre(box: np.ndarray) -> np.ndarray:
-    return np.array([box[0] + box[2], box[1] + box[3]]) / 2
 
 
 def _look(thing: Thing) -> str:

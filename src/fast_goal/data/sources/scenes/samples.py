@@ -16,7 +16,9 @@ import numpy as np
 from PIL import Image
 
 from fast_goal.data.sources.scenes import language, vocabulary
+from fast_goal.data.sources.scenes.choices import make_choices
 from fast_goal.data.sources.scenes.drawing import Drawing
+from fast_goal.data.sources.scenes.labels import make_labels
 from fast_goal.data.sources.scenes.language import Count, Plan, Wording
 from fast_goal.data.sources.scenes.layout import random_close_up, random_scene, twins
 from fast_goal.data.sources.scenes.vocabulary import Scene, Style
@@ -35,19 +37,25 @@ LARGE = 3  # the largest objects of a scene, which short captions are about
 
 @dataclass(frozen=True)
 class Sample:
-    """One image: the scene, its PNG bytes, and its rows for the tables RECORDS, TRUTH and OBJECTS of `data.records`."""
+    """One image: the scene, its PNG bytes, and its rows for the tables of `data.records`.
+
+    Choices and labels are for measuring: there are none but in TWIN_SPLITS.
+    """
 
     scene: Scene
     png: bytes
     record: dict[str, Any]
     truth: list[dict[str, Any]]
     objects: list[dict[str, Any]]
+    choices: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    labels: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 def make_samples(seed: int, split: str, index: int, image_size: int, source: str = "scenes") -> list[Sample]:
     """The sample of an index, in `val` and `test` followed by its twin; `source` is one of STYLES."""
     style, wording = STYLES[source]
-    generator = np.random.default_rng(np.random.SeedSequence([seed, SPLIT_NUMBERS[split], index]))
+    entropy = [seed, SPLIT_NUMBERS[split], index]
+    generator = np.random.default_rng(np.random.SeedSequence(entropy))
     image_id = f"{split}-{index:06d}"
     if split == "pretrain" and generator.random() < CLOSE_UP_SHARE:
         return [_close_up(generator, image_id, image_size, source)]
@@ -58,15 +66,17 @@ def make_samples(seed: int, split: str, index: int, image_size: int, source: str
         if split == "pretrain" and wording.short_overall and generator.random() < wording.short_overall:
             short.append(_overall(generator, wording))
         long = [] if split == "pretrain" else _plan_long(generator, scene, boxes, wording)
-        samples = [_sample(image_id, split, scene, drawing, long, short, source)]
+        sample = _sample(image_id, split, scene, drawing, long, short, source)
         if split not in TWIN_SPLITS:
-            return samples
+            return [sample]
         plans = [plan for plan in [*long, *short] if isinstance(plan, Plan)]
         counts = [plan for plan in long if isinstance(plan, Count)]
         for twin, twin_drawing in twins(generator, scene, image_size, style):
             true = all(language.holds(plan, twin_drawing.boxes / image_size) for plan in plans)
             if true and all(language.still_counts(count, twin) for count in counts):
-                return [*samples, _sample(f"{image_id}{TWIN_SUFFIX}", split, twin, twin_drawing, long, short, source)]
+                other = _sample(f"{image_id}{TWIN_SUFFIX}", split, twin, twin_drawing, long, short, source)
+                both = enumerate(((sample, drawing), (other, twin_drawing)))
+                return [_asked(one, drawn, long, source, entropy, number) for number, (one, drawn) in both]
 
 
 def scene_of(image_id: str) -> str:
@@ -154,6 +164,25 @@ def _sample(
         for number, thing in enumerate(scene.things)
     ]
     return Sample(scene, png, record, truth, objects)
+
+
+def _asked(
+    sample: Sample, drawing: Drawing, long: list[Plan | Count | str], source: str, entropy: list[int], number: int
+) -> Sample:
+    """The sample with the rows of CHOICES and LABELS, from a random generator of their own: `number` tells the twins apart."""
+    style, wording = STYLES[source]
+    generator = np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(number,)))
+    width, height = drawing.image.size
+    image = {"image_id": sample.record["image_id"], "x1": 0.0, "y1": 0.0, "x2": float(width), "y2": float(height)}
+    choices = [
+        image | {"suite": choice.suite, "group": choice.group, "caption": choice.caption, "foils": [choice.foil]}
+        for choice in make_choices(generator, sample.scene, drawing.boxes / width, long, style, wording)
+    ]
+    labels = [
+        {name: sample.objects[label.thing][name] for name in image} | {"suite": label.suite, "label": label.label}
+        for label in make_labels(generator, sample.scene, drawing)
+    ]
+    return dataclasses.replace(sample, choices=choices, labels=labels)
 
 
 def _png(image: Image.Image) -> bytes:

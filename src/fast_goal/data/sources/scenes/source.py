@@ -16,13 +16,15 @@ from typing import Any
 
 from fast_goal.config import number, to_dict
 from fast_goal.data.sources import Loaded, source
-from fast_goal.data.sources.scenes.samples import SPLIT_NUMBERS, make_samples
+from fast_goal.data.sources.scenes.labels import classes
+from fast_goal.data.sources.scenes.samples import SPLIT_NUMBERS, STYLES, make_samples
 from fast_goal.files import atomic_path, digest, read_json, tree_digest, write_text
 from fast_goal.progress import Progress
 
 CHUNK = 50  # indices a process draws at a time
 WORTH_PROCESSES = 400  # indices; fewer are drawn sooner than a second process starts
 
+TABLES = ("records", "truth", "objects", "choices", "labels")
 Rows = dict[str, list[dict[str, Any]]]
 
 
@@ -65,7 +67,7 @@ def draw_all(config: ScenesConfig, name: str, folder: Path, processes: int, sour
         for start in range(0, getattr(config, split), CHUNK)
     ]
     total = sum(len(indices) for _, indices in chunks)
-    rows: Rows = {"records": [], "truth": [], "objects": []}
+    rows: Rows = {table: [] for table in TABLES}
     drawn_before = folder / f".drawn-{digest([to_dict(config), source, tree_digest(Path(__file__).parent, _is_code)])}"
     for other in set(folder.glob(".drawn-*")) - {drawn_before}:
         shutil.rmtree(other)
@@ -82,7 +84,16 @@ def draw_all(config: ScenesConfig, name: str, folder: Path, processes: int, sour
             if path not in kept:
                 path.unlink()
     shutil.rmtree(drawn_before, ignore_errors=True)
-    return Loaded(root=folder, rows=rows["records"], skipped=skipped, truth=rows["truth"], objects=rows["objects"])
+    return Loaded(
+        root=folder,
+        rows=rows["records"],
+        skipped=skipped,
+        truth=rows["truth"],
+        objects=rows["objects"],
+        choices=rows["choices"] or None,
+        labels=rows["labels"] or None,
+        classes=classes(STYLES[source][0]) if rows["labels"] else {},
+    )
 
 
 def drop_repeated(rows: Rows) -> tuple[Rows, list[dict[str, Any]]]:
@@ -124,14 +135,14 @@ def _draw_chunk(
         found: Rows = read_json(mark)
         if all((folder / record["image_path"]).exists() for record in found["records"]):
             return found
-    rows: Rows = {"records": [], "truth": [], "objects": []}
+    rows: Rows = {table: [] for table in TABLES}
     for index in indices:
         for sample in make_samples(seed, split, index, image_size, source):
             with atomic_path(folder / sample.record["image_path"]) as path:
                 path.write_bytes(sample.png)
             rows["records"].append(sample.record)
-            rows["truth"] += sample.truth
-            rows["objects"] += sample.objects
+            for table in TABLES[1:]:
+                rows[table] += getattr(sample, table)
     write_text(mark, json.dumps(rows))
     return rows
 

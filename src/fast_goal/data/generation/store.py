@@ -1,7 +1,7 @@
-"""Answers kept as they come: one SQLite file for each model, prompt and settings, by the content of the image.
+"""Answers kept as they come: one SQLite file for each model and its settings, by a hash of what was asked about.
 
-A run that was killed goes on where it stopped, and an image that is added costs only itself. The file holds the model's
-own words, so other cleaning rules need no new answers. Removing the file asks everything again.
+A run that was killed goes on where it stopped, and a question that is added costs only itself. The file holds the model's
+own words, so other rules of reading them need no new answers. Removing the file asks everything again.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import sqlite3
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from fast_goal.data.captioning import Answer
+from fast_goal.data.generation import Answer
 from fast_goal.errors import DataError
 
-FOLDER = Path(".fast_goal/captions")
+_AT_ONCE = 500  # hashes in one look-up; SQLite takes 999 at least
 _TABLES = """
 CREATE TABLE IF NOT EXISTS answers (
     content_hash TEXT PRIMARY KEY, text TEXT NOT NULL, finish TEXT NOT NULL, model TEXT NOT NULL
@@ -25,7 +25,7 @@ CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) WI
 class AnswerStore:
     """`facts` stand in the file for its reader: model, prompt, settings. Several processes may write to one file."""
 
-    def __init__(self, key: str, facts: Mapping[str, str], folder: Path = FOLDER):
+    def __init__(self, key: str, facts: Mapping[str, str], folder: Path):
         self.path = folder / f"{key}.sqlite"
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -44,11 +44,17 @@ class AnswerStore:
         self._connection.close()
 
     def get(self, hashes: Iterable[str]) -> dict[str, Answer]:
-        """The answers there are for these contents."""
-        wanted = set(hashes)
+        """The answers there are for these hashes."""
+        wanted, found = list(dict.fromkeys(hashes)), {}
         try:
-            rows = self._connection.execute("SELECT content_hash, text, finish, model FROM answers")
-            return {content: Answer(_text(text), finish, model) for content, text, finish, model in rows if content in wanted}
+            for begin in range(0, len(wanted), _AT_ONCE):
+                part = wanted[begin : begin + _AT_ONCE]
+                places = ", ".join("?" * len(part))
+                rows = self._connection.execute(
+                    f"SELECT content_hash, text, finish, model FROM answers WHERE content_hash IN ({places})", part
+                )
+                found |= {content: Answer(_text(text), finish, model) for content, text, finish, model in rows}
+            return found
         except sqlite3.DatabaseError as error:
             raise self._unusable(error) from None
 
@@ -65,7 +71,7 @@ class AnswerStore:
 
     def _unusable(self, error: sqlite3.DatabaseError) -> DataError:
         return DataError(
-            f"{self.path}, the answers of the captioner, cannot be used: {error}. "
+            f"{self.path}, the answers of a model, cannot be used: {error}. "
             "Free some disk space, or move the file away: what it held is asked again."
         )
 
