@@ -117,7 +117,7 @@ class MatcherConfig:
 class FlismConfig:
     """Region and sentence matching (METHOD section 2, Tables VII and VIII)."""
 
-    splits: list[Split]
+    splits: list[Split]  # none: nothing is matched
     regions: Literal["both", "detector", "spatial"]
     matcher: MatcherConfig
     choice: Literal["best", "random", "truth"]  # of a pair's region
@@ -227,6 +227,8 @@ class NegativesConfig:
     def __post_init__(self) -> None:
         if not self.types:
             raise ConfigError(f"types = []: expected some of {', '.join(NEGATIVE_TYPES)}")
+        if len(set(self.types)) < len(self.types):
+            raise ConfigError(f"types = {self.types}: expected each type once")
         if self.max_similarity is not None and not 0 < self.max_similarity <= 1:
             raise ConfigError(f"max_similarity = {self.max_similarity}: expected null or a number above 0 and at most 1")
 
@@ -260,6 +262,8 @@ class FinetuneConfig:
     learning_rate: float = number(above=0)
     layer_decay: float = number(above=0, high=1)  # of the learning rate, per block below the last
     weight_decay: float = number(0)
+    betas: list[float] = number(0)  # AdamW's: of the average of the gradients, and of that of their squares
+    adam_epsilon: float = number(above=0)  # what AdamW adds to the root of the latter
     warmup_steps: int = number(0)
     processes: int = number(0)  # 0: one for each GPU, else one
     workers: int = number(0)  # of each process
@@ -272,6 +276,8 @@ class FinetuneConfig:
             raise ConfigError(f"gradient_clip = {self.gradient_clip}: expected null or a number above 0")
         if self.max_logit_scale is not None and self.max_logit_scale < 1:
             raise ConfigError(f"max_logit_scale = {self.max_logit_scale}: expected null or at least 1")
+        if len(self.betas) != 2 or not all(beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas = {self.betas}: expected two numbers from 0 to below 1")
         if self.patience is not None and self.patience < 1:
             raise ConfigError(f"patience = {self.patience}: expected null or at least 1")
         if self.ema is not None and not 0 <= self.ema < 1:

@@ -18,6 +18,7 @@ from fast_goal.data.sources.aro import normalised, shuffles
 from fast_goal.errors import DataError
 
 KINDS = {"dog": "noun", "cat": "noun", "mat": "noun", "house": "noun", "black": "adjective", "white": "adjective"}
+TRUE_TAGGED = speech.tagged
 
 
 def tagged(texts: list[str]) -> list[list[speech.Word]]:
@@ -186,6 +187,16 @@ def test_the_draws_depend_on_image_caption_and_seed_alone(order):
     alone = foils(load_order(order, long[1:]))
     assert alone[long[1]] == both[long[1]] and both[long[0]] != both[long[1]]
     assert foils(load_order(order, long[1:], seed=1)) != alone
+
+
+def test_a_mark_with_a_blank_before_it_is_no_other_text(order, monkeypatch):
+    """CLIP reads `dog ,` as `dog,`: such a foil could only tie."""
+    monkeypatch.setattr(speech, "tagged", TRUE_TAGGED)  # for which marks are words of their own
+    loaded = load_order(order, ["A dog, asleep.", "Tom's dog, asleep on a mat in the sun."])
+    assert len(loaded.choices) == 2
+    for row in loaded.choices:
+        read = [foil.replace(" ,", ",").replace(" 's", "'s") for foil in row["foils"]]
+        assert row["caption"] not in read
 
 
 def test_no_caption_at_all(order):

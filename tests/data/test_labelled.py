@@ -209,6 +209,19 @@ def test_pixels_of_torchvision_become_files(place):
     assert times == {path: path.stat().st_mtime_ns for path in loaded.root.rglob("*.png")}
 
 
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("apple_pie", "apple pie"),
+        ("apartment_building/outdoor", "apartment building outdoor"),
+        ("F/A-18", "F/A-18"),
+        ("Ram C/V Cargo Van Minivan 2012", "Ram C/V Cargo Van Minivan 2012"),
+    ],
+)
+def test_names_are_written_as_published(name: str, written: str):
+    assert prompts.readable(name) == written
+
+
 def test_names_of_ones_own(place):
     food101(place / "sets")
     loaded = load("food", torchvision("Food101", names=["a pie", "a waffle"]))

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
-from tiny_dataset import change, make_subject, with_records
+from tiny_dataset import change, make_subject, suites, with_records
 
 from fast_goal.data.quality import inspect_images, outlier_columns, pairs_table, records_table, regions_table
 from fast_goal.data.records import UNNAMED
@@ -82,6 +82,27 @@ def test_ranks(subject, ranks, gaps, not_best):
     table = pairs_table(replace(subject, pairs=pairs))
     assert {row for row, column in problems(table) if column == "rank_gap"} == gaps
     assert {row for row, column in problems(table) if column == "not_one_best"} == not_best
+
+
+@pytest.mark.parametrize(
+    ("trained", "expected"),
+    [
+        (("short",), {"short_captions_present"}),
+        (("long",), {"long_captions_present", "mean_words"}),
+        (("short", "long"), {"short_captions_present", "long_captions_present", "mean_words"}),
+        ((), {"long_captions_present", "mean_words"}),  # those that are only measured on
+    ],
+)
+def test_captions_are_expected_of_those_that_are_trained_on(subject, trained, expected):
+    captions = [["", "A ball."], [" "], [], ["A ball."], [], []]  # of pretrain, train three times, val and test
+    subject = with_records(subject, subject.dataset.records.assign(captions=captions))
+    subject = replace(subject, trained_captions=frozenset(trained))
+    suite = suites(subject)[0]
+    rules = {rule.name for rule in suite.rules}
+    assert rules & {"short_captions_present", "long_captions_present", "mean_words"} == expected
+    found = {key: text for key, text in problems(suite.table).items() if "short" in text}
+    mute = dict.fromkeys([(1, "no_short_caption"), (2, "no_short_caption")], "there is no short caption")
+    assert found == (mute if "short" in trained else {})
 
 
 def test_a_test_image_among_the_pretraining_images(subject):

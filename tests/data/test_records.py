@@ -12,6 +12,7 @@ from fast_goal.data.records import (
     REGIONS,
     SKIPPED,
     TRUTH,
+    captions_of,
     load_dataset,
     load_skipped,
     read_table,
@@ -232,6 +233,18 @@ class TestDataset:
         with pytest.raises(DataError, match=r"'a'.*more than one"):
             write_dataset("d", "photos", [record("a"), record("b"), record("a")], [], source="folder")
 
+    @pytest.mark.parametrize(
+        ("table", "more"),
+        [("choices", {"group": "add", "caption": "a ball", "foils": ["a box"]}), ("labels", {"label": "ball"})],
+    )
+    def test_a_question_of_an_image_that_was_left_out(self, project, table, more):
+        rows = [{"image_id": name, "x1": 0.0, "y1": 0.0, "x2": 9.0, "y2": 9.0, "suite": "toys", **more} for name in "aab"]
+        write_dataset("d", "photos", [record("a"), record("b")], [], source="folder", **{table: rows})
+        assert getattr(load_dataset("d"), table).to_dict("records") == rows
+        message = rf"d, of the source 'folder': 1 rows of the table {table} .* row 2 \(suite 'toys', image_id 'b'\).*leave out"
+        with pytest.raises(DataError, match=message):
+            write_dataset("d", "photos", [record("a")], [], source="folder", **{table: rows})
+
     def test_unknown_split(self, project):
         with pytest.raises(DataError, match=r"'a'.*'dev'"):
             write_dataset("d", "photos", [record("a", "dev")], [], source="folder")
@@ -263,3 +276,9 @@ class TestDataset:
         assert [path.name for path in own.iterdir()] == ["mine.txt"]
         assert not list((project / "data/records").iterdir())
         assert (project / "photos").is_dir()
+
+
+def test_the_captions_of_each_record():
+    records = pd.DataFrame({"long_caption": ["one two", " "], "captions": [["a", "", "b"], []]})
+    assert captions_of(records, "long") == [["one two"], []]
+    assert captions_of(records, "short") == [["a", "b"], []]

@@ -247,21 +247,22 @@ def test_a_table_for_each_suite(tmp_path, full):
     part = text.split("### Choices: sugarcrepe")[1].split("###")[0]
     rows = [line for line in part.splitlines() if line.startswith("| ")][2:]
     assert rows == [
-        "| swap_obj | 200 | 70.0 | 75.0 | +5.0 | +4.0 to +6.0 | < 0.001 | higher | 50.0 | 3, 3 |",
-        "| add\\|obj | 200 | 80.0 | 85.0 | +5.0 | +4.0 to +6.0 | < 0.001 | higher | 60.0 | 3, 3 |",
-        "| mean of swap |  | 70.0 | 75.0 | +5.0 | +4.0 to +6.0 | < 0.001 | higher | 50.0 |  |",
-        "| mean of the groups |  | 75.0 | 80.0 | +5.0 | +4.0 to +6.0 | < 0.001 | higher | 55.0 |  |",
-        "| all | 400 | 76.0 | 81.0 | +5.0 | +4.0 to +6.0 | < 0.001 | higher | 56.0 | 4, 4 |",
+        "| swap_obj | 200 | 70.0 | 75.0 | +5.0 | +4.0 to +6.0 | < 0.001 | 50.0 | higher | 3, 3 |",
+        "| add\\|obj | 200 | 80.0 | 85.0 | +5.0 | +4.0 to +6.0 | < 0.001 | 60.0 | higher | 3, 3 |",
+        "| mean of swap |  | 70.0 | 75.0 | +5.0 | +4.0 to +6.0 | < 0.001 | 50.0 | higher |  |",
+        "| mean of the groups |  | 75.0 | 80.0 | +5.0 | +4.0 to +6.0 | < 0.001 | 55.0 | higher |  |",
+        "| all | 400 | 76.0 | 81.0 | +5.0 | +4.0 to +6.0 | < 0.001 | 56.0 | higher | 4, 4 |",
     ]
     assert "The mean is without 2 groups (31 of the choices)" in part
     part = text.split("### Classes: imagenet")[1].split("##")[0]
-    assert "400 to put into 12 classes, each the mean of 1 prompt." in part and "The mean is without" not in part
+    assert "400 images, whole or cut out, to put into 12 classes, each the mean of 1 prompt." in part
+    assert "The mean is without" not in part
     labels = [line.split(" | ")[0] for line in part.splitlines() if line.startswith("| ")][2:]
     assert labels == ["| mean of the classes", "| all", "| all, among the first 5"]
     lines = text.split("##")[0]
     told = "the true caption is told from all its foils in 75.0 → 80.0 %, the mean of the groups (+5.0, "
     assert f"`x`, sugarcrepe, 400 choices: {told}" in lines
-    assert "`x`, imagenet, 400 to classify: the right class is found in 76.0 → 81.0 % (+5.0, " in lines
+    assert "`x`, imagenet, 400 images to classify: the right class is found in 76.0 → 81.0 % (+5.0, " in lines
     assert "chance: 55.0 %" in lines
 
 
@@ -303,7 +304,12 @@ def test_the_doubts_about_suites_are_said(facts):
         in text
     )
     text = said({"x": suites(gain=0.5, cases=120)}, facts)
-    assert "imagenet: no difference shown in accuracy: the interval includes 0." in text and "only 120 to classify" in text
+    assert "imagenet: no difference shown in accuracy: the interval includes 0." in text
+    assert "only 120 images to classify" in text
+    text = said({"x": suites(p=0.07)}, facts)
+    assert "no difference shown in accuracy: the interval leaves out 0, but p is 0.07." in text and "includes 0" not in text
+    [*_, line] = headlines({"x": suites(p=0.07)})
+    assert "(+5.0, 95 % interval +4.0 to +6.0, p 0.070: no difference shown; chance" in line
     doubtful = suites()
     doubtful["composition"]["sugarcrepe"] |= {"truncated": {"base": 30, "finetuned": 0}}
     doubtful["composition"]["sugarcrepe"]["finetuned"]["ties"] = 40

@@ -75,6 +75,20 @@ def test_the_reasons_for_what_is_left_out(config):
     assert problem(CAPTION, Candidate(f" {CAPTION}\n", "reshuffle"), NEGATIVE_TYPES) == "the caption itself"
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "kind", "reason"),
+    [
+        ("on a small", "behind an old", "reshuffle", "other words"),  # `old` is there once only
+        ("red cup is on a small table", "table is on small red cups", "reshuffle", ""),  # another form of one
+        ("red cup is on a small table", "red table is on an small cup", "swap_nouns", ""),  # articles do not count
+        ("red cup is on a small table", "old table is on a small star", "swap_nouns", "other words"),
+        ("red cup", "blue star", "replace_nouns", ""),
+    ],
+)
+def test_what_trades_places_is_no_other_word(old, new, kind, reason):
+    assert problem(CAPTION, Candidate(CAPTION.replace(old, new), kind), NEGATIVE_TYPES) == reason
+
+
 def slow(caption, offered, config, similar):
     """One after the other, in turns, with every cosine known beforehand."""
     first = int.from_bytes(caption_hash(caption, config.seed)[:4]) % len(config.types)

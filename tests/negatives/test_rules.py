@@ -146,11 +146,33 @@ def test_a_type_is_the_same_whichever_others_are_asked_for():
         ("A red dog is on the star.", "reshuffle", "The star is on a red dog."),
         ("A dog and a cat.", "reshuffle", []),
         ("Hm.", "reshuffle", []),
+        ("A dog bowl is behind the cup by a dog.", "swap_nouns", "A dog cup is behind the bowl by a dog."),
+        ("A large dog is next to red cups and stars.", "swap_nouns", []),  # the stars may be red too
+        ("A large dog is next to red cups and blue stars.", "swap_nouns", ["A large dog is next to red stars and blue cups."]),
+        ("A large view of a small dog.", "swap_adjectives", []),
+        ("A large view of the dog.", "replace_adjectives", []),
+        ("An outdoor view of the dog.", "replace_adjectives", ["An indoor view of the dog."]),
+        ("There is no red dog.", "replace_nouns", []),
+        ("There is no red dog.", "replace_adjectives", []),
+        ("A white dog is beside a star that is gray, white and black.", "swap_adjectives", []),
     ],
 )
 def test_sentences(text, kind, expected):
     found = of(text, kind)
     assert expected in found if isinstance(expected, str) else found == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "wrong"),
+    [
+        ("A dog bowl is behind the cup by a dog.", "swap_nouns", "dog dog"),
+        ("The road is behind the street.", "reshuffle", "The street is behind the road."),  # nearly the same
+        ("A cup full of stout beer is over a red table.", "reshuffle", "full a red"),
+    ],
+)
+def test_what_is_never_made(text, kind, wrong):
+    found = of(text, kind)
+    assert found and not any(wrong in one for one in found)
 
 
 def test_words_of_nearly_one_meaning_do_not_replace_each_other():
@@ -160,6 +182,7 @@ def test_words_of_nearly_one_meaning_do_not_replace_each_other():
         for one in candidates:
             assert not ({"sofa", "couch"} <= set(words(caption)) ^ set(words(one.text)))
             assert not ({"gray", "grey"} <= set(words(caption)) ^ set(words(one.text)))
+    assert akin("cars", "vehicles") and akin("women", "people") and akin("bushes", "tree") and not akin("cups", "stars")
     assert akin("striped", "stripe") and akin("cup", "cup") and akin("metal", "metallic") and akin("man", "person")
     assert not akin("cup", "cap") and not akin("red", "blue") and not akin("star", "cup")
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from fast_goal.data.speech import tagged
-from fast_goal.negatives.vocabulary import LEAST, Vocabulary, _nearest, chosen, usable
+from fast_goal.negatives.vocabulary import LEAST, Vocabulary, _nearest, article_of, chosen, usable
 
 
 def slow(counts, contexts, least):
@@ -67,7 +67,10 @@ def test_words_in_the_same_places_are_of_one_kind():
     assert vocabulary.kind("plate", "NN1")[0] == "pan"  # a bowl is too near to a plate
     assert vocabulary.kind("brown", "AJ0") == vocabulary.kind("brown", "AJ0")
     assert set(vocabulary.kind("brown", "AJ0")) == {"white", "black"}
-    assert {"dog", "bowl"} <= vocabulary.indefinite and "field" not in vocabulary.indefinite
+    assert vocabulary.fits("dog", "a") and vocabulary.fits("bowl", "a") and not vocabulary.fits("field", "a")
+    assert vocabulary.fits("bread", "") and not vocabulary.fits("bread", "a") and not vocabulary.fits("dog", "")
+    assert vocabulary.fits("field", "the") and vocabulary.fits("dog", "the") and not vocabulary.fits("unheard", "a")
+    assert vocabulary.knows("dog", "NN1") and not vocabulary.knows("dog", "AJ0") and not vocabulary.knows("unheard", "NN1")
     assert vocabulary.kind("unheard", "NN1") == []
 
 
@@ -87,12 +90,34 @@ def test_words_in_the_same_places_are_of_one_kind():
         ("Two objects are here.", "objects", False),
         ("It is on the left side.", "left", False),
         ("The letter S is here.", "S", False),
+        ("A bottom-left corner is here.", "bottom-left", False),
+        ("A low-angle view of a cup.", "low-angle", False),
+        ("There are multiple cups.", "multiple", False),
+        ("The sun is setting.", "setting", False),
+        ("A neon green cup is here.", "neon", False),
     ],
 )
 def test_which_words_may_be_changed(text, word, expected):
     words = tagged([text])[0]
     (place,) = [place for place, one in enumerate(words) if one.text == word]
     assert usable(words, place) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "word", "expected"),
+    [
+        ("A very large red cup.", "cup", "a"),
+        ("Another cup.", "cup", "a"),
+        ("The small cup.", "cup", "the"),
+        ("It is on water.", "water", ""),
+        ("Clear water.", "water", ""),
+        ("Two cups and its handle.", "handle", "the"),
+    ],
+)
+def test_how_the_phrase_of_a_noun_begins(text, word, expected):
+    words = tagged([text])[0]
+    (place,) = [place for place, one in enumerate(words) if one.text == word]
+    assert article_of(words, place) == expected
 
 
 def test_the_captions_that_are_read_do_not_depend_on_their_order(monkeypatch):

@@ -55,6 +55,15 @@ def test_against_loops(sample, loss, slow, masked):
     assert found.item() == pytest.approx(slow(one.tolist(), other.tolist(), negatives.tolist(), 9.0, kept), abs=1e-10)
 
 
+@pytest.mark.parametrize("count", [0, 1, 6, 12])
+def test_global_with_negatives_of_nobody_in_particular(sample, count):
+    image, text, negatives, _ = sample
+    every = negatives.flatten(0, 1)[:count]
+    mask = [[True] * count]
+    expected = slow_global(image.tolist(), text.tolist(), [every.tolist()], 9.0, mask)
+    assert global_loss(image, text, every, 9.0).item() == pytest.approx(expected, abs=1e-10)
+
+
 def test_published_values(vectors):
     vector = vectors["V8_degla"]
     inputs, outputs = vector["inputs"], vector["outputs"]

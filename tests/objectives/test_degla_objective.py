@@ -266,19 +266,6 @@ def test_the_sum_grows_with_the_batch_and_the_mean_does_not():
         assert values[1] == pytest.approx(factor * values[0])
 
 
-def test_distillation_of_padded_negatives():
-    given = features([2, 0, 1])
-    padded, mask = padded_negatives(given)
-    teacher, _ = padded_negatives(dataclasses.replace(given, text_negatives=given.teacher_negatives))
-    rest = (given.teacher_image, given.teacher_text)
-    ragged = distillation_loss(
-        given.image_global, given.text_global, given.text_negatives, *rest, given.teacher_negatives, "sum"
-    )
-    moved = torch.where(mask[..., None], padded, 7.0)  # what the mask hides does not matter
-    found = distillation_loss(given.image_global, given.text_global, moved, *rest, teacher, "sum", mask)
-    assert found.item() == pytest.approx(ragged.item())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_precision(dtype):
     """Losses are float32 at least, also where the features, or the matrix products around, are not."""

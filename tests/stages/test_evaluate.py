@@ -133,10 +133,11 @@ def test_choices_and_classes_are_measured_and_told(evaluated):
         ["| mean of the groups", ""],
         ["| all", "24"],
     ]
-    assert "24 to put into 5 classes, each the mean of 2 prompts." in report
+    assert "24 images, whole or cut out, to put into 5 classes, each the mean of 2 prompts." in report
     assert report.count("\n| True and false captions (scenes_sentences) | accuracy |") == 1, "corrected with all the others"
     assert "`photos`: no composition, for want of captions to choose from in the split `test`." in report
-    assert "No number of DeGLA's paper (base and fine-tuned: composition of `scenes_sentences`): it measures" in report
+    suites = "composition of `scenes_sentences`, zero shot of `scenes_colours`"
+    assert report.count(f"No number of DeGLA's paper (base and fine-tuned: {suites}): it measures") == 1
     assert "`scenes`, composition of scenes_sentences: only 24 choices" in report
     assert "`scenes`, scenes_sentences, 24 choices: the true caption is told from all its foils in" in report.split("##")[0]
 

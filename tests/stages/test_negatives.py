@@ -71,7 +71,7 @@ def test_the_rules_on_scenes(project, monkeypatch):
     captions = load_dataset("scenes").records.set_index("image_id").long_caption
     assert set(table["type"]) == set(NEGATIVE_TYPES)
     assert (table["caption"] == table["image_id"].map(captions)).all()
-    assert set(table["generator"]) == {"rules-1"} and set(table["seed"]) == {0}
+    assert set(table["generator"]) == {"rules-2"} and set(table["seed"]) == {0}
     assert table.groupby("image_id").size().max() <= 4
     assert table["image_id"].nunique() == SCENES
     assert table["image_id"].drop_duplicates().tolist() == captions.index.tolist(), "in the order of the records"

@@ -225,6 +225,20 @@ def test_the_data_set_of_a_first_stage_is_a_training_set_too(project, params):
     assert "image '1' of split train of others (row 1)" in str(caught.value)
 
 
+def test_each_stage_has_captions_of_its_own():
+    def asked(*overrides):
+        both = build(
+            Params, compose(["dataset=[scenes,rich_scenes]", "download.train_dataset=scenes", *overrides]), "params.yaml"
+        )
+        return [validate._captions(both, name) for name in ("scenes", "rich_scenes")]
+
+    assert asked() == [{"long"}, set()]
+    assert asked("finetune.captions=short") == [{"short"}, set()]
+    first = ("finetune.captions=short", "intermediate=before")
+    assert asked(*first, "intermediate.dataset=rich_scenes") == [{"short"}, {"long"}]
+    assert asked(*first, "intermediate.dataset=scenes") == [{"short", "long"}, set()]
+
+
 def test_without_flism_the_error_names_the_table_and_the_step(project, params):
     (project / "data/flism/photos/pairs.parquet").unlink()
     with pytest.raises(DataError, match=r"data/flism/photos/pairs.parquet.*flism"):

@@ -89,6 +89,7 @@ def test_card_names_the_parts_of_a_sum_and_the_hard_negatives():
 
     text = card("experiment=demo_degla", "objective=fast_goal_degla", "objective.parts.degla.weight=0.5")
     assert "`weighted` (1 fast_goal (global 0, local 0.5, tsl_image 1, tsl_text 1); 0.5 degla (global 1, igc 0.1, tgc" in text
-    assert "Hard negatives of the long captions: generator `rules`, at most 4 for each." in text
+    assert "Hard negatives of the long captions: generator `rules`, at most 2 for each." in text
     assert "`degla` (global 1, igc 0.1, tgc 0.1, distillation 0.005)" in card("experiment=demo_degla")
-    assert "Hard negatives" not in card()
+    assert "Hard negatives" not in card() and "found by FLISM (regions: both, best 1 per image)." in card()
+    assert "FLISM" not in card("experiment=demo_degla", "flism.splits=[]").split("## Data")[0]

@@ -1,5 +1,6 @@
 import dataclasses
 import logging
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -184,6 +185,10 @@ def test_unreadable_image_is_named_without_a_traceback(make_scenes, tiny_clip, w
     with pytest.raises(DataError, match=r"7\.png") as caught:
         list(loader.epoch(0))
     assert "Traceback" not in str(caught.value)
+    running = multiprocessing.active_children()
+    assert len(running) == workers
+    loader.close()  # the error, still held here, holds the batches; this process would wait for the workers at its end
+    assert not any(worker.is_alive() for worker in running)
 
 
 def test_image_of_another_size_than_recorded(make_scenes, tiny_clip):

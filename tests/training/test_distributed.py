@@ -59,7 +59,7 @@ SCRIPT = textwrap.dedent(
 
     loop.TrainStep.__call__, loop.save_state = noted, noted_save
     if "SGD" in happens:
-        loop.make_optimizer = lambda groups, rate, decay: torch.optim.SGD(groups, rate, 0.9, weight_decay=decay)
+        loop.make_optimizer = lambda groups, rate, decay, *_: torch.optim.SGD(groups, rate, 0.9, weight_decay=decay)
     with process_group(device) as group:
         for number, (dataset, pairs, clip, objective, config, *negatives) in enumerate(jobs):
             gradients.clear()
@@ -127,7 +127,7 @@ def test_what_the_objective_does_not_look_at_stays(make_scenes, make_negatives, 
     hard negative."""
     monkeypatch.setenv("HAPPENS", "SGD")
     monkeypatch.setattr(
-        loop, "make_optimizer", lambda groups, rate, decay: torch.optim.SGD(groups, rate, 0.9, weight_decay=decay)
+        loop, "make_optimizer", lambda groups, rate, decay, *_: torch.optim.SGD(groups, rate, 0.9, weight_decay=decay)
     )
     (dataset, pairs), none = make_scenes(), dict.fromkeys(("global", "local", "tsl_image", "tsl_text"), 0.0)
     config = replace(CONFIG, epochs=3, batch_size=12, learning_rate=0.02, weight_decay=0.5)

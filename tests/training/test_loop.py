@@ -50,6 +50,8 @@ CONFIG = FinetuneConfig(
     length_groups=False,
     accumulate=1,
     layer_decay=1.0,
+    betas=[0.9, 0.999],
+    adam_epsilon=1e-8,
     epochs=2,
     batch_size=4,
     learning_rate=1e-3,
@@ -132,6 +134,13 @@ def test_training_reports_and_learns(make_scenes, tiny_clip, tmp_path):
     assert summary["steps"] == 24 and summary["precision"] == "fp32" and summary["counts"]["without_pair"] == 1
     assert summary["final"]["loss"] == curve[-1][1]["loss"] and summary["samples_per_second"] > 0
     assert not clip.training
+
+
+def test_adamw_has_the_settings(make_scenes, tiny_clip, tmp_path, monkeypatch):
+    (dataset, pairs), made = make_scenes(), []
+    monkeypatch.setattr(loop_module, "make_optimizer", lambda *values: made.append(make_optimizer(*values)) or made[-1])
+    run(tiny_clip(), dataset, pairs, tmp_path, replace(CONFIG, epochs=1, betas=[0.8, 0.95], adam_epsilon=1e-3))
+    assert {(group["betas"], group["eps"]) for group in made[0].param_groups} == {((0.8, 0.95), 1e-3)}
 
 
 # all that a resumed training has to find again, at once

@@ -35,3 +35,19 @@ def test_one_fused_step_is_adamw_with_decay_on_every_parameter():
     for parameter, old in zip(parameters, before, strict=True):
         # In its first step Adam moves by the rate times the sign of the gradient.
         torch.testing.assert_close(parameter.detach(), old * (1 - 0.01 * 0.1) - 0.01)
+
+
+def test_betas_and_epsilon_are_those_of_adam():
+    """Three steps against Kingma and Ba's Algorithm 1, with gradients small enough for the epsilon to show."""
+    parameter, value, epsilon = torch.nn.Parameter(torch.tensor([2.0])), 2.0, 1e-2
+    optimizer = make_optimizer([parameter], 0.1, 0.0, betas=[0.5, 0.8], epsilon=epsilon)
+    first = second = 0.0
+    for step, gradient in enumerate([0.03, -0.01, 0.02], start=1):
+        parameter.grad = torch.tensor([gradient])
+        optimizer.step()
+        first, second = 0.5 * first + 0.5 * gradient, 0.8 * second + 0.2 * gradient**2
+        value -= 0.1 * (first / (1 - 0.5**step)) / ((second / (1 - 0.8**step)) ** 0.5 + epsilon)
+        assert parameter.item() == pytest.approx(value, rel=1e-6)
+    (group,) = make_optimizer([parameter], 0.1, 0.0).param_groups
+    (torchs,) = torch.optim.AdamW([parameter]).param_groups
+    assert (group["betas"], group["eps"]) == (torchs["betas"], torchs["eps"])

@@ -13,6 +13,7 @@ from typing import Any
 from fast_goal.ablations.tables import ROMAN, Column, Row, Table
 from fast_goal.config import Params
 from fast_goal.evaluation import published
+from fast_goal.evaluation.headline import SUITES
 from fast_goal.files import atomic_path, write_text
 
 FINETUNE = "finetune:"  # before the path of a number in models/finetune/metrics.json
@@ -192,12 +193,19 @@ def _cell(table: Table, row: Row, column: Column, dataset: str, runs: Sequence[M
 
 
 def _paper(table: Table, row: Row, column: Column, dataset: str, run: Measured) -> tuple[float | None, str]:
-    """The paper's number of a cell, with what to mind; or None and why there is none. Times and the like have neither."""
+    """The paper's number of a cell, with what to mind; or None and why there is none. Times and the like have neither; of a
+    suite that has none it is not said why, since most columns are of suites that are not the table's."""
     parts = column.path.format(model=row.model, task=row.task).split("/")
     if column.path.startswith(FINETUNE):
         return None, ""
     task, metric, direction = parts[0], parts[-1], parts[-2]
     about = run.report[dataset].get(task, {})
+    if task in SUITES:
+        suite, *group = (part for part in parts[1:-1] if part not in (row.model, "groups"))
+        about = about.get(suite, {})
+        counted = about.get(row.model, {}).get("groups", {}).get(group[0], {}) if group else about
+        dataset, direction = suite, group[0] if group else published.WHOLE
+        about = {"images": counted.get("cases")}
     if task not in published.TASKS or "drop" in parts or not isinstance(about.get("images"), int):
         return None, ""
     if task == "localisation":
@@ -213,7 +221,7 @@ def _paper(table: Table, row: Row, column: Column, dataset: str, run: Measured) 
         captions=about.get("captions"),
         table=table.name if ROMAN.fullmatch(table.name) else None,
     )
-    return found.value, found.words
+    return found.value, found.words if found.value is not None or task not in SUITES else ""
 
 
 def _differences(

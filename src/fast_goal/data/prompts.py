@@ -6,6 +6,7 @@ published for each data set (github.com/openai/CLIP, data/prompts.md).
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fast_goal.errors import ConfigError
@@ -113,8 +114,9 @@ def imagenet_names() -> list[str]:
 
 
 def readable(name: str) -> str:
-    """A folder's or file's name of a class as one would write it."""
-    return " ".join(name.replace("_", " ").replace("/", " ").split())
+    """A folder's or file's name of a class as one would write it: a blank for `_`, and for `/` between small letters, as in
+    SUN397's `apse/indoor`. The aeroplane `F/A-18` keeps its own."""
+    return " ".join(re.sub(r"(?<=[a-z])/(?=[a-z])", " ", name.replace("_", " ")).split())
 
 
 def _open_clip() -> Any:

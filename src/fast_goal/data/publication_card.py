@@ -89,7 +89,7 @@ def write_card(
         "## What was left out",
         _skipped(skipped),
         "## Limits",
-        LIMITS + (WRITTEN_CAPTIONS if "captions" in info["made"] else PUBLISHED_CAPTIONS),
+        (LIMITS if info["pairs"] else "") + (WRITTEN_CAPTIONS if "captions" in info["made"] else PUBLISHED_CAPTIONS),
     ]
     write_text(path, "\n\n".join(parts) + "\n")
 
@@ -116,7 +116,12 @@ def _header(info: Mapping[str, Any]) -> dict[str, Any]:
         "pretty_name": info["name"],
         "license": info["licence"],
         "task_categories": ["image-to-text", "text-to-image"],
-        "tags": ["long-captions", "image-text-retrieval", "region-sentence-pairs", "clip"],
+        "tags": [
+            *(["long-captions"] if info["long_captions"] else []),
+            "image-text-retrieval",
+            *(["region-sentence-pairs"] if info["pairs"] else []),
+            "clip",
+        ],
         "size_categories": [size],
         "configs": [
             {"config_name": "default", "data_files": [{"split": split, "path": path} for split, path in pattern.items()]}
@@ -125,10 +130,16 @@ def _header(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _opening(info: Mapping[str, Any]) -> str:
+    pairs = (
+        f"{info['images_with_pair']:,} of them with a local pair: a region of the image and the sentence of its long caption "
+        "that describes it"
+        if info["pairs"]
+        else "without local pairs"
+    )
+    words = f" Long captions have {info['mean_words_long']:g} words on average." if info["long_captions"] else ""
     return (
-        f"{info['images']:,} images with captions, {info['images_with_pair']:,} of them with a local pair: a region of the "
-        f"image and the sentence of its long caption that describes it. Long captions have {info['mean_words_long']:g} words "
-        f"on average. Licence: {_escaped(info['licence'])}. Digest of the data files: `{info['digest']}`."
+        f"{info['images']:,} images with captions, {pairs}.{words} Licence: {_escaped(info['licence'])}. Digest of the data "
+        f"files: `{info['digest']}`."
     )
 
 
@@ -149,11 +160,12 @@ def _made(info: Mapping[str, Any]) -> str:
         for part, values in info["made"].items()
         for name, value in values.items()
     ]
-    text = (
-        f"Source of images and captions: `{info['source']}`, records digest `{info['records_digest']}`. The local pairs were "
-        "made by FLISM: every region (detections, quadrants, centre) and every sentence is embedded with CLIP, each sentence "
-        "takes its most similar region, and the most similar of these pairs come first."
-    )
+    text = f"Source of images and captions: `{info['source']}`, records digest `{info['records_digest']}`."
+    if info["pairs"]:
+        text += (
+            " The local pairs were made by FLISM: every region (detections, quadrants, centre) and every sentence is embedded "
+            "with CLIP, each sentence takes its most similar region, and the most similar of these pairs come first."
+        )
     return f"{text}\n\n{_table(['part', 'setting', 'value'], rows)}" if rows else text
 
 

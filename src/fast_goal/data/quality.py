@@ -25,6 +25,7 @@ from fast_goal.progress import Progress
 
 TRAINING_SPLITS = ("pretrain", "train")  # whose pixels a model has seen before it is measured
 LONG_SPLITS = ("train", "val", "test")  # whose images need a long caption
+SHORT_SPLIT = "train"  # whose images need a short caption where that is trained on; elsewhere one without asks nothing
 KINDS = ("detector", "quadrant", "centre")
 BOX = ["x1", "y1", "x2", "y2"]
 TOLERANCE = 1e-3  # pixels: boxes pass through float32
@@ -37,7 +38,8 @@ class Subject:
     """A data set with what FLISM made of it.
 
     regions and pairs are None where FLISM does not run on the data set; `skipped` joins the samples that the download
-    and FLISM left out; `flism_splits` are the splits FLISM was asked for.
+    and FLISM left out; `flism_splits` are the splits FLISM was asked for; `trained_captions` the captions that are trained on,
+    long or short: none where the data set is only for evaluation.
     """
 
     dataset: Dataset
@@ -45,6 +47,7 @@ class Subject:
     pairs: pd.DataFrame | None
     skipped: pd.DataFrame
     flism_splits: tuple[str, ...] = ()
+    trained_captions: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -53,8 +56,13 @@ class Subject:
 
     @property
     def has_long_captions(self) -> bool:
-        """Whether any image has a long caption; a set of short captions is only for evaluation."""
+        """Whether any image has a long caption."""
         return bool(self.dataset.records["long_caption"].fillna("").str.strip().ne("").any())
+
+    @property
+    def needs_long_captions(self) -> bool:
+        """Whether its long captions have to be sound: they are trained on, or only evaluated on."""
+        return "long" in self.trained_captions or (not self.trained_captions and self.has_long_captions)
 
     @property
     def skipped_share(self) -> float:
@@ -211,6 +219,10 @@ def records_table(
     words = count_words(texts_of(records)) if words is None else words
     needs_long = records["split"].isin(LONG_SPLITS).to_numpy() & subject.has_long_captions
     table["no_long_caption"] = _text(needs_long & (words == 0), "the long caption is empty")
+    if "short" in subject.trained_captions:
+        mute = np.fromiter((not any(text.strip() for text in texts) for texts in records["captions"]), bool, len(records))
+        needs_short = (records["split"] == SHORT_SPLIT).to_numpy()
+        table["no_short_caption"] = _text(needs_short & mute, "there is no short caption")
     table["long_words"] = np.where(words > 0, words, np.nan)
 
     own = [data for data in trained_on if data.name == subject.name]

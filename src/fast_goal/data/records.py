@@ -276,7 +276,7 @@ def write_dataset(
     """Writes the files of a data set; `<name>.json` comes last and marks it complete.
 
     Raises ConfigError for a name that cannot be a file name or collides with one, DataError for two records with the
-    same image_id and for an unknown split.
+    same image_id, for an unknown split, and for choices or labels of an image that has no record.
     """
     check_name(name)
     frame = _table(rows, RECORDS, f"data set {name}").to_pandas()
@@ -289,6 +289,9 @@ def write_dataset(
             f"data set {name}: image {unknown['image_id'].iloc[0]!r} has the split {unknown['split'].iloc[0]!r}; "
             f"expected one of {list(SPLITS)}"
         )
+    where = f"data set {name}, of the source {source!r}"
+    choices = None if choices is None else _of_records(choices, CHOICES, frame["image_id"], where)
+    labels = None if labels is None else _of_records(labels, LABELS, frame["image_id"], where)
     paths = _paths(name, folder)
     (folder / f"{name}.json").unlink(missing_ok=True)
     write_table(paths["records"], frame, RECORDS)
@@ -350,6 +353,12 @@ def load_dataset(name: str, folder: Path = RECORDS_FOLDER) -> Dataset:
 def load_skipped(name: str, folder: Path = RECORDS_FOLDER) -> pd.DataFrame:
     """What the step `download` left out of a data set, with the reasons (columns of SKIPPED)."""
     return read_table(_paths(name, Path(folder))["skipped"], SKIPPED)
+
+
+def captions_of(records: pd.DataFrame, which: str) -> list[list[str]]:
+    """The captions of each record, `long` or `short`, that say anything."""
+    texts = ([text] for text in records["long_caption"]) if which == "long" else records["captions"]
+    return [[text for text in own if text.strip()] for own in texts]
 
 
 def dataset_files(folder: Path = RECORDS_FOLDER) -> list[Path]:
@@ -419,6 +428,23 @@ def _table(rows: pd.DataFrame | Iterable[Mapping[str, Any]], schema: pa.Schema, 
     table = pa.Table.from_arrays(arrays, schema=schema)
     _refuse_nulls(table, where)
     return table
+
+
+def _of_records(
+    rows: pd.DataFrame | Iterable[Mapping[str, Any]], schema: pa.Schema, known: pd.Series, where: str
+) -> pd.DataFrame:
+    """The rows. Raises DataError for one of an image that is not among `known`: said here, at the source that is at fault, and
+    not by `evaluate`, after the training."""
+    frame = _table(rows, schema, where).to_pandas()
+    lost = ~frame["image_id"].isin(known)
+    if lost.any():
+        row = int(lost.to_numpy().argmax())
+        raise DataError(
+            f"{where}: {int(lost.sum()):,} rows of the table {_name(schema)} are of images without a record, the first is row "
+            f"{row} (suite {frame['suite'].iloc[row]!r}, image_id {frame['image_id'].iloc[row]!r}). A source that leaves out "
+            "an image has to leave out its choices and labels."
+        )
+    return frame
 
 
 def _column(values: Any, kind: pa.DataType) -> pa.Array:

@@ -12,7 +12,7 @@ import pandas as pd
 from fast_goal.config import ValidateConfig
 from fast_goal.data.caption_checks import REPEATED, SAME_CAPTION
 from fast_goal.data.expectations import Rule, Severity
-from fast_goal.data.quality import KINDS, MEAN_TOLERANCE
+from fast_goal.data.quality import KINDS, MEAN_TOLERANCE, SHORT_SPLIT
 from fast_goal.data.records import SPLITS
 
 MAX_WORDS = 2000  # a guess: beyond it, a "caption" is more likely a whole document in the wrong column
@@ -237,9 +237,17 @@ def _caption_rules(config: ValidateConfig, seen: Seen) -> list[Rule]:
 
 
 def optional_rules(table: pd.DataFrame, config: ValidateConfig, image_size: int | None) -> list[Rule]:
-    """The rules on columns of records that only some data sets have: published facts, outliers, near-duplicates."""
+    """The rules on columns of records that only some data sets have: short captions that are trained on, published facts,
+    outliers, near-duplicates."""
     look = "look at the pictures in the data card"
     rules = [
+        _clean(
+            "short_captions_present",
+            f"every image of {SHORT_SPLIT} has a short caption",
+            "give the image a caption, or remove it from the split; finetune.captions=long trains on long ones",
+            "no_short_caption",
+            ("split",),
+        ),
         _clean(
             "published_captions",
             "every image has the published number of short captions",

@@ -84,8 +84,7 @@ def examine(subject: Subject, images: pd.DataFrame, settings: Settings, cosines:
         quality.outlier_columns(records, config.max_aspect, image_size),
         quality.fact_columns(subject, settings.top_k),
     ]
-    long_captions = subject.has_long_captions or subject.name in origins
-    if long_captions:
+    if subject.needs_long_captions:
         parts.append(caption_columns(records, lengths, config.language))
     table = pd.concat([table, *parts], axis=1)
     if near is not None:
@@ -103,7 +102,7 @@ def examine(subject: Subject, images: pd.DataFrame, settings: Settings, cosines:
             counted=subject.name == settings.trained_on[0].name,
             flism=subject.regions is not None,
             detector_only=settings.detector_only,
-            long_captions=long_captions,
+            long_captions=subject.needs_long_captions,
             seen=seen,
             benchmark=subject.dataset.choices is not None and subject.name not in origins,
         ),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 SMALL = 200  # a guess: below so many queries the intervals are too wide to tell models of like quality apart
 MANY_TIES = 1.0  # percent of the queries; a guess
 LEVEL = 0.05  # of a test; in the report of all comparisons together
-CASES = {"composition": "choices", "zero_shot": "to classify"}
+CASES = {"composition": "choices", "zero_shot": "images to classify"}
 MEASURES = {"accuracy": "accuracy", "macro": "the mean of the groups"}
 
 
@@ -59,9 +59,21 @@ def verdict(difference: Mapping[str, float]) -> str:
     return "no difference shown"
 
 
+def leaves_out_zero(difference: Mapping[str, float]) -> bool:
+    """Whether the interval by itself would show a difference."""
+    return difference["low"] > 0 or difference["high"] < 0
+
+
 def first_k(found: Mapping[str, Any]) -> str:
     """The key of the smallest k asked for that comes first, R@1 as a rule."""
     return next(iter(found["chance"]["text_to_image"]))
+
+
+def _why_not(difference: Mapping[str, float]) -> str:
+    """Why no difference is shown."""
+    if leaves_out_zero(difference):
+        return f"the interval leaves out 0, but p is {difference['p']:.2f}"
+    return "the interval includes 0"
 
 
 def _scratch_note(metrics: Mapping[str, Mapping[str, Any]], facts: Facts) -> str:
@@ -83,9 +95,12 @@ def _scratch_note(metrics: Mapping[str, Mapping[str, Any]], facts: Facts) -> str
 def _retrieval_notes(found: Mapping[str, Any], kind: str) -> list[str]:
     lines = []
     key = first_k(found)
-    unclear = [DIRECTION_LABELS[d] for d in DIRECTIONS if verdict(found["difference"][d][key]) == "no difference shown"]
-    if unclear:
-        lines.append(f"no difference shown in {key} {' and '.join(unclear)}: the interval includes 0.")
+    unclear: dict[str, list[str]] = {}
+    for direction in DIRECTIONS:
+        change = found["difference"][direction][key]
+        if verdict(change) == "no difference shown":
+            unclear.setdefault(_why_not(change), []).append(DIRECTION_LABELS[direction])
+    lines += [f"no difference shown in {key} {' and '.join(ways)}: {why}." for why, ways in unclear.items()]
     worse = [DIRECTION_LABELS[d] for d in DIRECTIONS if verdict(found["difference"][d][key]) == "lower"]
     if worse:
         forgot = "; what the base knew of short captions was partly forgotten" if kind == "short" else ""
@@ -133,7 +148,7 @@ def _localisation_notes(found: Mapping[str, Any]) -> list[str]:
             f"{key} is {times['base']:.1f} times chance for the base, {times['finetuned']:.1f} times for the fine-tuned model."
         )
     if verdict(found["difference"][key]) == "no difference shown":
-        lines.append(f"no difference shown in {key}: the interval includes 0.")
+        lines.append(f"no difference shown in {key}: {_why_not(found['difference'][key])}.")
     return lines
 
 
@@ -142,7 +157,7 @@ def _suite_notes(found: Mapping[str, Any], task: str) -> list[str]:
     key = next(iter(found["difference"]))
     seen = verdict(found["difference"][key])
     if seen == "no difference shown":
-        lines.append(f"no difference shown in {MEASURES[key]}: the interval includes 0.")
+        lines.append(f"no difference shown in {MEASURES[key]}: {_why_not(found['difference'][key])}.")
     if seen == "lower":
         forgot = "; what the base knew was partly forgotten" if task == "zero_shot" else ""
         lines.append(f"the fine-tuned model is worse in {MEASURES[key]}{forgot}.")

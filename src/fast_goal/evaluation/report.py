@@ -22,7 +22,7 @@ from fast_goal.evaluation.bootstrap import holm
 from fast_goal.evaluation.headline import MODELS, SUITES, suites_of
 from fast_goal.evaluation.pictures import DIRECTION_LABELS, LABELS
 from fast_goal.evaluation.published import Recipe
-from fast_goal.evaluation.remarks import CASES, LEVEL, first_k, notes, verdict
+from fast_goal.evaluation.remarks import CASES, LEVEL, first_k, leaves_out_zero, notes, verdict
 from fast_goal.evaluation.retrieval import DIRECTIONS
 from fast_goal.evaluation.tasks import Section
 from fast_goal.files import read_json, write_json, write_text
@@ -259,7 +259,8 @@ def beside_the_paper(name: str, values: Mapping[str, Any], facts: Facts) -> tupl
                         row |= {"metric": metric, "ours": ours, "place": published.place(paper)}
                         rows.append({**row, **paper._asdict(), "difference": ours - paper.value})
             if len(rows) == count:
-                paper_words = first.replace("the paper", "DeGLA's paper", 1) if suite else first
+                # without the suite's name, so that those that the paper does not have are told in one line
+                paper_words = first.replace("the paper", "DeGLA's paper", 1).removesuffix(f", not {suite}") if suite else first
                 words = task.replace("_", " ") + (f" of `{suite}`" if suite else "")
                 reasons.setdefault(paper_words.removeprefix("no number in "), {}).setdefault(LABELS[model], []).append(words)
     lines = []
@@ -415,7 +416,11 @@ def _change(found: Mapping[str, Any], direction: str, key: str) -> str:
 
 def _difference_words(difference: Mapping[str, float]) -> str:
     words = f"{_signed(difference['value'])}, 95 % interval {_signed(difference['low'])} to {_signed(difference['high'])}"
-    return words if verdict(difference) != "no difference shown" else f"{words}: no difference shown"
+    if verdict(difference) != "no difference shown":
+        return words
+    # else a reader would take the interval's word for it
+    tested = f", p {_p(difference['p'])}" if leaves_out_zero(difference) else ""
+    return f"{words}{tested}: no difference shown"
 
 
 def _best_patches(key: str) -> str:

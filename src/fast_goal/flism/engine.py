@@ -72,6 +72,8 @@ def flism_records(dataset: Dataset, splits: list[str]) -> pd.DataFrame:
 
     Raises ConfigError if there is none.
     """
+    if not splits:
+        raise ConfigError("flism.splits = []: nothing is matched. Name splits whose images have long captions, such as [train]")
     records = dataset.split(*splits)
     captioned = records.loc[records["long_caption"].str.strip() != "", "split"].unique()
     chosen = records[records["split"].isin(captioned)].reset_index(drop=True)

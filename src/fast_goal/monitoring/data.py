@@ -148,7 +148,7 @@ def hindrance(what: str, reference: Snapshot, present: Snapshot) -> str:
     if what not in ("detections", "classes"):
         return ""
     if not present.facts.detector:
-        return "there is no detector: all regions are the five spatial ones"
+        return "there is no detector: at most the five spatial regions"
     if not reference.facts.detector:
         return "the reference was made without a detector"
     if reference.facts.detector != present.facts.detector:

@@ -6,6 +6,7 @@ types are about equally frequent over a data set.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,10 @@ EDITS = {
     "replace_adjectives": (1, 4, 0.3),
     "replace_nouns": (1, 4, 0.3),
 }
+KEEP_WORDS = ("reshuffle", "swap_nouns", "swap_adjectives")  # types that put the same words elsewhere
+ADDED = 1  # words that may be another form there, as `are` for `is`; an article is none. A guess
+_WORD = re.compile(r"\w+")
+_ARTICLES = frozenset(("a", "an"))
 Similarity = Callable[[Sequence[tuple[str, str]]], np.ndarray]
 
 
@@ -108,7 +113,13 @@ def problem(caption: str, candidate: Candidate, types: Collection[str]) -> str:
         return "too few words changed"
     if size > max(most, share * len(caption.split())):
         return "too many words changed"
+    if candidate.type in KEEP_WORDS and (_words(candidate.text) - _words(caption)).total() > ADDED:
+        return "other words"
     return ""
+
+
+def _words(text: str) -> Counter[str]:
+    return Counter(word for word in _WORD.findall(text.casefold()) if word not in _ARTICLES)
 
 
 def _in_turns(candidates: Sequence[Candidate], types: Sequence[str], first: int) -> list[Candidate]:

@@ -17,7 +17,7 @@ LANGUAGE_SAMPLE = 2000  # negatives whose language is guessed, which takes a mil
 TYPE_SHARE = 0.25  # of its even share of the negatives that each type should have at least; a guess
 TRUE_SHARE = 0.05  # of the negatives that may be true, where the source knows; a guess
 AGAIN = "remove the row's cause in the generator, or choose stricter settings, and run `dvc repro --force negatives`"
-SIZES = ("too few words changed", "too many words changed")
+EDITS = ("too few words changed", "too many words changed", "other words")
 LENGTH = "much longer or shorter"
 
 
@@ -42,7 +42,7 @@ def suites(
     found = [problem(caption, Candidate(negative, kind), NEGATIVE_TYPES) for _, caption, negative, kind in pairs]
     columns["unchanged"] = _texts([one if one == "the caption itself" else None for one in found])
     columns["length"] = _texts([one if one == LENGTH else None for one in found])
-    columns["edit"] = _texts([one if one in SIZES else None for one in found])
+    columns["edit"] = _texts([one if one in EDITS else None for one in found])
     columns["true_caption"] = _texts(
         [f"a caption of the image: {quote(negative)}" if negative in true[image] else None for image, _, negative, _ in pairs]
     )
@@ -93,7 +93,7 @@ def _negatives_rules(config: NegativesConfig, looked_at: int, false: Sequence[bo
         _none("differs", "every negative differs from its caption", "unchanged", shows),
         _none("not_true", "no negative is another caption of the image", "true_caption", shows),
         _none("length", f"every negative has {LENGTHS[0]:g} to {LENGTHS[1]:g} times the caption's characters", "length", shows),
-        _none("edit_size", "as many words differ as the type asks for", "edit", shows),
+        _none("edit_size", "as many words differ as the type asks for, and swaps add none", "edit", shows),
         Rule(
             "language",
             f"every negative is in the language of its caption (of a random sample of {looked_at:,})",

@@ -20,11 +20,24 @@ from itertools import combinations, islice, pairwise
 from fast_goal.config import NegativesConfig
 from fast_goal.data.speech import Word, tagged
 from fast_goal.negatives import Candidate, Made, generator
-from fast_goal.negatives.vocabulary import NEAREST, Vocabulary, caption_hash, chosen, is_colour, starts, usable
-from fast_goal.negatives.words import OPPOSITES, PLACE_NOUNS, PLACES, SYMMETRIC, akin, article, class_of
+from fast_goal.negatives.vocabulary import NEAREST, Vocabulary, article_of, caption_hash, chosen, is_colour, starts, usable
+from fast_goal.negatives.words import (
+    NEGATIONS,
+    OPPOSITES,
+    PLACE_NOUNS,
+    PLACES,
+    SYMMETRIC,
+    VIEWS,
+    akin,
+    article,
+    class_of,
+    forms,
+    near,
+)
 from fast_goal.progress import Progress
 
 SPARE = 2  # candidates of a type beyond those that are kept; a guess: some turn out to be cut off, or too close
+CLOSE = 3  # words between which none is said twice; a guess
 SHUFFLED = 5  # words that a sentence needs for a random order of them; a guess
 TRIES = 20  # at an order that is another one
 Edit = tuple[int, int, str]  # start and end in the caption, what stands there then
@@ -34,7 +47,7 @@ Edit = tuple[int, int, str]  # start and end in the caption, what stands there t
 class Rules:
     """See the module."""
 
-    name = "rules-1"  # another number where the rules change what they make
+    name = "rules-2"  # another number where the rules change what they make
 
     def __init__(self, config: NegativesConfig):
         self._types, self._seed = config.types, config.seed
@@ -83,9 +96,11 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Spot:
-    """A word that can be changed. group: only words of one group trade places."""
+    """A word that can be changed. group: only words of one group trade places; those of `opposite` only with their opposite,
+    which alone replaces them."""
 
     place: int
+    kind: str  # noun, adjective
     group: str
     sentence: int
     phrase: Phrase | None
@@ -104,10 +119,12 @@ class Parsed:
         self.nouns: list[Spot] = []
         self.adjectives: list[Spot] = []
         for place in range(len(words)):
-            found = None if self.quoted[place] else _group(words, place)
+            phrase = self._inside.get(place)
+            fixed = self.quoted[place] or self.negated(place, phrase)
+            found = None if fixed else _group(words, place, phrase)
             if found is not None:
                 spots = self.nouns if found[0] == "noun" else self.adjectives
-                spots.append(Spot(place, found[1], self.sentence_of[place], self._inside.get(place)))
+                spots.append(Spot(place, *found, self.sentence_of[place], phrase))
 
     def lower(self, place: int) -> str:
         """The word in lower case."""
@@ -125,6 +142,21 @@ class Parsed:
         """Whether what stands between the two places, phrases aside, makes the sentence mean the same both ways."""
         between = [place for place in range(first + 1, last) if place not in self._inside]
         return all(self.lower(place) in SYMMETRIC or self.words[place].kind in ("adjective", "adverb") for place in between)
+
+    def joined(self, first: int, last: int) -> bool:
+        """Whether nothing but `and`, `or` and commas stands between the two places."""
+        return all(word.kind in ("conjunction", "punctuation") for word in self.words[first + 1 : last])
+
+    def doubled(self, new: dict[int, str]) -> bool:
+        """Whether one of the new words would stand close to the same word: `a chair chair`, `white and white`."""
+        steps = [step for step in range(-CLOSE, CLOSE + 1) if step]
+        beside = [(text, place + step) for place, text in new.items() for step in steps if 0 <= place + step < len(self.words)]
+        return any(text == new.get(other, self.lower(other)) for text, other in beside)
+
+    def negated(self, place: int, phrase: Phrase | None) -> bool:
+        """Whether a `no` or `without` stands in the phrase or just before it: another word would be as true."""
+        first = place if phrase is None else phrase.first
+        return any(self.lower(before) in NEGATIONS for before in range(max(0, first - 2), place))
 
     def phrase_between(self, first: int, last: int) -> bool:
         """Whether a phrase stands between the two places."""
@@ -190,7 +222,7 @@ def _phrases(words: Sequence[Word], sentence_of: Sequence[int]) -> Iterator[Phra
             word.kind in ("noun", "adjective", "number")
             or (word.kind == "adverb" and words[place + 1 : place + 2] and words[place + 1].kind == "adjective")
         )
-        begins = word is not None and (word.kind == "determiner" or (noun is not None and place > noun + 1 and not inner))
+        begins = word is not None and word.kind == "determiner"
         if first is not None and (not inner or sentence_of[place] != sentence_of[first]):
             if noun is not None:
                 yield Phrase(first, noun, sentence_of[first])
@@ -201,13 +233,15 @@ def _phrases(words: Sequence[Word], sentence_of: Sequence[int]) -> Iterator[Phra
             noun = place
 
 
-def _group(words: Sequence[Word], place: int) -> tuple[str, str] | None:
+def _group(words: Sequence[Word], place: int, phrase: Phrase | None) -> tuple[str, str] | None:
     """noun or adjective, and the group of the word; None where it is to stay."""
     word, lower = words[place], words[place].text.lower()
     if lower in OPPOSITES and lower in PLACES | PLACE_NOUNS and word.kind in ("noun", "adjective"):
-        return word.kind, "place"
+        return word.kind, "opposite"
     if not usable(words, place):
         return None
+    if phrase is not None and word.kind == "adjective" and words[phrase.last].lemma in VIEWS:
+        return ("adjective", "opposite") if lower in OPPOSITES else None  # `a medium view`
     if is_colour(word):
         return "adjective", "colour"
     if word.tag in ("NN1", "NN2"):
@@ -230,14 +264,14 @@ def _reshuffled(caption: Parsed, draw: random.Random) -> Iterator[str]:
 
 
 def _moved_phrases(caption: Parsed, sentence: int, draw: random.Random) -> Iterator[str]:
-    nouns = {spot.place: spot.group for spot in caption.nouns if spot.group != "place"}
+    nouns = {spot.place: spot.group for spot in caption.nouns if spot.group != "opposite"}
     phrases = [phrase for phrase in caption.phrases if phrase.sentence == sentence and phrase.last in nouns]
     pairs = list(combinations(phrases, 2))
     draw.shuffle(pairs)
     for one, other in pairs:
         if nouns[one.last] != nouns[other.last] or caption.symmetric(one.last, other.first):
             continue
-        if caption.words[one.last].lemma == caption.words[other.last].lemma:
+        if akin(caption.words[one.last].lemma, caption.words[other.last].lemma):
             continue
         yield caption.edited([_moved(caption, one, other), _moved(caption, other, one)])
 
@@ -283,10 +317,11 @@ def _swapped(caption: Parsed, spots: Sequence[Spot], draw: random.Random, vocabu
     """Pairs of one sentence first, then others; words that are there more than once trade places once."""
     pairs = list(combinations(spots, 2))
     draw.shuffle(pairs)
-    pairs.sort(key=lambda pair: (pair[0].sentence != pair[1].sentence, pair[0].group in ("place", "other")))
+    pairs.sort(key=lambda pair: (pair[0].sentence != pair[1].sentence, pair[0].group in ("opposite", "other")))
     for one, other in pairs:
-        if _may_trade(caption, one, other, vocabulary):
-            yield caption.changed({one.place: caption.lower(other.place), other.place: caption.lower(one.place)})
+        new = {one.place: caption.lower(other.place), other.place: caption.lower(one.place)}
+        if _may_trade(caption, one, other, vocabulary) and not caption.doubled(new):
+            yield caption.changed(new)
 
 
 def _may_trade(caption: Parsed, one: Spot, other: Spot, vocabulary: Vocabulary) -> bool:
@@ -294,16 +329,13 @@ def _may_trade(caption: Parsed, one: Spot, other: Spot, vocabulary: Vocabulary) 
     first, second = caption.lower(one.place), caption.lower(other.place)
     if one.group != other.group or akin(first, second):
         return False
-    if one.group == "place":  # `top left` and `bottom right`: only what excludes each other
+    if one.group == "opposite":  # `top left` and `bottom right`: only what excludes each other
         return OPPOSITES.get(first) == second
     phrases = one.phrase, other.phrase
     if None not in phrases and phrases[0] == phrases[1]:
         return False
-    noun = caption.words[one.place].kind == "noun" and not is_colour(caption.words[one.place])
-    if noun and not all(
-        caption.lower(into) in vocabulary.indefinite or not _is_indefinite(caption, spot)
-        for spot, into in ((one, other.place), (other, one.place))
-    ):
+    noun = one.kind == "noun"
+    if noun and not (_fits(caption, one, second, vocabulary) and _fits(caption, other, first, vocabulary)):
         return False
     if one.sentence != other.sentence or caption.symmetric(one.place, other.place):
         if None in phrases:  # `red, blue and white`; but not `the cup is red and the star is blue`
@@ -311,41 +343,46 @@ def _may_trade(caption: Parsed, one: Spot, other: Spot, vocabulary: Vocabulary) 
         same_head = caption.words[phrases[0].last].lemma == caption.words[phrases[1].last].lemma
         if not noun and same_head:
             return False
+        if noun and phrases[1].first == other.place and caption.joined(one.place, other.place):
+            return False  # `dried leaves and branches`: both may be dried
         return caption.rest(phrases[0], one.place) != caption.rest(phrases[1], other.place)
     return True
 
 
-def _is_indefinite(caption: Parsed, spot: Spot) -> bool:
-    """Whether the noun has an article that not every noun takes: `a water`."""
-    return spot.phrase is not None and caption.lower(spot.phrase.first) in ("a", "an", "one", "another", "each", "every")
+def _fits(caption: Parsed, spot: Spot, noun: str, vocabulary: Vocabulary) -> bool:
+    """Whether the noun may stand there, by its number and article."""
+    return caption.words[spot.place].tag != "NN1" or vocabulary.fits(noun, article_of(caption.words, spot.place))
 
 
 def _replaced(caption: Parsed, spots: Sequence[Spot], draw: random.Random, vocabulary: Vocabulary) -> Iterator[str]:
-    """Each word in turn by one of its kind, then by another one."""
+    """Each word in turn by one of its kind, then by another one. What the new word surely excludes comes first."""
     spots = draw.sample(list(spots), len(spots))
-    spots.sort(key=lambda spot: spot.group == "place")
+    spots.sort(
+        key=lambda spot: (spot.group == "opposite", spot.group == "other" and caption.lower(spot.place) not in OPPOSITES)
+    )
     choices = [(spot, _others(caption, spot, draw, vocabulary)) for spot in spots]
     for turn in range(NEAREST):
         for spot, others in choices:
-            if turn < len(others):
+            if turn < len(others) and not caption.doubled({spot.place: others[turn]}):
                 yield caption.changed({spot.place: others[turn]})
 
 
 def _others(caption: Parsed, spot: Spot, draw: random.Random, vocabulary: Vocabulary) -> list[str]:
-    """What may stand in the word's place, in a random order but for a known opposite, which comes first."""
+    """What may stand in the word's place, in a random order; its opposite alone where it has one and no closed class."""
     word = caption.words[spot.place]
-    lower = word.text.lower()
+    lower, noun = word.text.lower(), spot.kind == "noun"
+    tag = word.tag if noun else "AJ0"
     opposite = OPPOSITES.get(lower)
-    if spot.group == "place":
-        return [opposite] if opposite is not None and opposite not in caption.present else []
-    tag = "AJ0" if word.tag == "AJ0" or spot.group == "colour" else word.tag
+    if spot.group == "opposite" or (spot.group == "other" and opposite is not None):
+        told = spot.group == "opposite" or vocabulary.knows(opposite, tag)
+        return [opposite] if opposite is not None and told and not _is_there(caption, opposite) else []
     known = [other for other in vocabulary.kind(lower, tag) if not _is_there(caption, other)]
-    if tag == "NN1" and _is_indefinite(caption, spot):
-        known = [other for other in known if other in vocabulary.indefinite]
-    others = draw.sample(known[:NEAREST], min(NEAREST, len(known)))
-    return [opposite, *(other for other in others if other != opposite)] if opposite in known else others
+    if noun:
+        known = [other for other in known if _fits(caption, spot, other, vocabulary)]
+        known = [other for other in known if caption.present.isdisjoint(near(other))]  # no seat beside the chair that is there
+    return draw.sample(known[:NEAREST], min(NEAREST, len(known)))
 
 
 def _is_there(caption: Parsed, word: str) -> bool:
     """Whether the caption has the word, or its singular; the singular of what it has are its lemmas."""
-    return any(form in caption.present for form in (word, word.removesuffix("s"), word.removesuffix("es")))
+    return not caption.present.isdisjoint(forms(word))

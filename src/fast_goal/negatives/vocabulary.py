@@ -23,17 +23,20 @@ WORDS, CONTEXTS = 3000, 4000  # the most frequent ones; a guess that keeps the m
 RARE = 5000  # captions to one time that a word has to be met; two times at least
 NEAREST = 12  # words that count as of one kind; a guess
 LEAST = 0.1  # cosine below which no word is of the kind; a guess
+FITTING = 0.05  # of the times a noun is met, with an article or without, from which on it may stand so; a guess
 TAGS = ("NN1", "NN2", "AJ0")
 _OWNING = frozenset(("of", "'s", "’s", "'"))
+_ONE = frozenset(("a", "an", "one", "another", "each", "every"))
 
 
 class Vocabulary:
-    """kind(word, tag): what may stand in its place, the nearest first; indefinite: singular nouns met after `a` or `an`."""
+    """kind(word, tag): what may stand in its place, the nearest first; fits(word, article): where a singular noun may stand."""
 
     def __init__(self, captions: Iterable[Sequence[Word]]):
         counts: dict[str, Counter[str]] = {tag: Counter() for tag in TAGS}
         contexts: dict[str, Counter[tuple[str, str]]] = {tag: Counter() for tag in TAGS}
-        self.indefinite: set[str] = set()
+        self._articles: Counter[tuple[str, str]] = Counter()
+        self._singular = counts["NN1"]
         read = 0
         for words in captions:
             read += 1
@@ -44,8 +47,8 @@ class Vocabulary:
                 lower = word.text.lower()
                 counts[tag][lower] += 1
                 contexts[tag].update((lower, context) for context in _contexts(words, place))
-                if any(before.text.lower() in ("a", "an") for before in words[max(0, place - 3) : place]):
-                    self.indefinite.add(lower)
+                if tag == "NN1":
+                    self._articles[lower, article_of(words, place)] += 1
         least = max(2, read // RARE)
         self._nearest = {tag: _nearest(counts[tag], contexts[tag], least) for tag in TAGS}
         self._classes: dict[str, list[str]] = {}  # the words of each closed class, the most frequent first
@@ -53,6 +56,15 @@ class Vocabulary:
         for word, count in sorted(counts["AJ0"].items(), key=lambda item: (-item[1], item[0])):
             if count >= least and class_of(word) != "other":
                 self._classes.setdefault(class_of(word), []).append(word)
+
+    def knows(self, word: str, tag: str) -> bool:
+        """Whether the word is met often enough to stand in a negative."""
+        return word in self._nearest[tag]
+
+    def fits(self, word: str, article: str) -> bool:
+        """Whether a singular noun is met as `article_of` says: neither `a water` nor `on plane`."""
+        met = self._articles[word, article]
+        return article == "the" or (met > 0 and met >= FITTING * self._singular[word])
 
     def kind(self, word: str, tag: str) -> list[str]:
         """Words of the same kind and number as the lower-case `word`, none of which means the same, the nearest first."""
@@ -80,19 +92,31 @@ def is_colour(word: Word) -> bool:
 
 def usable(words: Sequence[Word], place: int) -> bool:
     """Whether the word says what is shown and how it looks: no name, no part of a compound (`tree line`) but its last, no
-    `pair of`, no place in the picture."""
+    `pair of`, no place in the picture (also `bottom-left`), no verb that is told as a noun (`is setting`)."""
     word, lower = words[place], words[place].text.lower()
     if len(word.text) < 3 or not word.text.replace("-", "").isalpha() or word.text.isupper():
         return False
     if word.text != lower and not starts(words, place):
         return False
+    if "-" in lower and not (PICTURE_NOUNS | PLACE_NOUNS | PLACES).isdisjoint(lower.split("-")):
+        return False
     if word.tag == "AJ0" or is_colour(word):
         return lower not in VAGUE | PLACES
+    if lower.endswith("ing") and place and words[place - 1].kind in ("verb", "adverb"):
+        return False
     following = words[place + 1] if place + 1 < len(words) else None
     owning = following is not None and following.text.lower() in _OWNING
     if owning or {lower, word.lemma} & (PICTURE_NOUNS | PLACE_NOUNS):
         return False
-    return following is None or following.kind != "noun" or is_colour(following)
+    return following is None or not (following.kind == "noun" or is_colour(following))  # nor `light gray`
+
+
+def article_of(words: Sequence[Word], place: int) -> str:
+    """How the phrase of a noun begins: with `a` or what counts as that, with nothing, or, as `the`, with anything else."""
+    before = next((word for word in reversed(words[:place]) if word.kind not in ("noun", "adjective", "adverb")), None)
+    if before is None or before.kind not in ("determiner", "number", "pronoun", "other"):
+        return ""
+    return "a" if before.text.lower() in _ONE else "the"
 
 
 def starts(words: Sequence[Word], place: int) -> bool:

@@ -6,7 +6,8 @@ No thesaurus installs from a package index. What may take a word's place is ther
 
 from __future__ import annotations
 
-from itertools import combinations
+from functools import lru_cache
+from itertools import combinations, product
 
 
 def _set(words: str) -> frozenset[str]:
@@ -43,7 +44,15 @@ PICTURE_NOUNS = _set(
     closeup angle side corner middle center centre edge end part portion area section half quarter third way rest
     bit lot kind type sort set pair piece row group number couple bunch series distance direction front back inside
     outside place position shape color colour shade tone size background foreground daytime nighttime day night time
-    thing object something other one each all viewer camera perspective surface line eye-level level
+    thing object something other one each all viewer camera perspective surface line eye-level level area region space
+    spot surroundings detail amount variety style format quadrant
+    """
+)
+# Of these, the picture as a whole: what is said of them is how and when it was taken, not what it shows.
+VIEWS = _set(
+    """
+    image picture photo photograph photography shot view scene close-up closeup angle perspective daytime nighttime day night
+    dusk dawn
     """
 )
 # Adjectives that hardly any picture contradicts, or that change what the words around them mean.
@@ -52,7 +61,8 @@ VAGUE = _set(
     visible seen other same different various several many few more most less least much own certain such similar
     overall main next last first second third single only entire whole full partial possible able close further far
     near due like nice beautiful pretty real typical usual common regular normal standard simple very additional
-    another both each every some any no all half
+    another both each every some any no all half multiple numerous countless sized shaped colored coloured toned styled themed
+    upward upwards downward downwards sideways angled aerial overhead
     """
 )
 # Of each pair the one is never true with the other; where a word is in several, its opposite is that of the first.
@@ -77,6 +87,7 @@ red maroon burgundy crimson scarlet
 pink magenta salmon coral rose peach
 orange amber peach coral copper
 brown tan bronze copper beige khaki
+tan cream
 white cream ivory beige
 yellow gold golden amber
 black charcoal dark
@@ -124,6 +135,10 @@ bicycle bike
 motorcycle motorbike bike scooter
 boat ship vessel canoe kayak
 airplane plane aircraft jet
+steps stairs stair staircase stairway
+sunlight light sun sunshine
+logo emblem symbol
+pattern design
 road street highway asphalt pavement path lane driveway
 sidewalk pavement walkway path pathway trail
 building house structure tower home skyscraper
@@ -188,12 +203,23 @@ diamond rhombus
 color colour
 """
 SAME = frozenset(frozenset(pair) for line in _NEARLY_THE_SAME.split("\n") for pair in combinations(line.split(), 2))
+_NEAR: dict[str, set[str]] = {}
+for _one, _other in map(tuple, SAME):
+    _NEAR.setdefault(_one, set()).add(_other)
+    _NEAR.setdefault(_other, set()).add(_one)
+
+_SINGULARS = {
+    "men": "man", "women": "woman", "children": "child", "people": "person", "leaves": "leaf", "shelves": "shelf",
+    "feet": "foot", "geese": "goose", "mice": "mouse", "knives": "knife", "loaves": "loaf", "wolves": "wolf",
+}  # fmt: skip
+
+NEGATIONS = _set("no not n't n’t without any never neither nor cannot")
 
 # Between two phrases they make a sentence that means the same the other way round.
 SYMMETRIC = _set(
     """
     and or nor with near next to beside besides by alongside against touching meets is are was were being like also
-    both each another other the a an , & together between
+    both each another other the a an , & together between opposite connecting meeting
     """
 )
 
@@ -217,9 +243,24 @@ def class_of(adjective: str) -> str:
     return next((name for name, words in ADJECTIVE_CLASSES.items() if adjective in words), "other")
 
 
+def forms(word: str) -> frozenset[str]:
+    """The word and what it may be the plural of, by its letters: of `boxes` also `boxe`, which no list holds."""
+    found = {word, _SINGULARS.get(word, word)}
+    for ending, instead in (("s", ""), ("es", ""), ("ies", "y")):
+        if word.endswith(ending) and not word.endswith("ss") and len(word) > len(ending) + 2:
+            found.add(word.removesuffix(ending) + instead)
+    return frozenset(found)
+
+
+def near(word: str) -> frozenset[str]:
+    """The forms of the word, and the listed words that mean nearly the same as one of them."""
+    return forms(word).union(*(_NEAR.get(form, ()) for form in forms(word)))
+
+
+@lru_cache(maxsize=1 << 16)
 def akin(first: str, second: str) -> bool:
     """Whether one must not replace the other: the same, of one stem (`stripe`, `striped`), or nearly of one meaning."""
-    if first == second or frozenset((first, second)) in SAME:
+    if any(one == other or frozenset((one, other)) in SAME for one, other in product(forms(first), forms(second))):
         return True
     shorter, longer = sorted((first, second), key=len)
     common = next((place for place, pair in enumerate(zip(shorter, longer, strict=False)) if len({*pair}) > 1), len(shorter))

@@ -166,7 +166,8 @@ def check_captions(objective: Objective, captions: str, section: str) -> None:
 
 
 def check_objectives(params: Params) -> None:
-    """Raises ConfigError where an objective is unknown, or does not fit the training or the hard negatives it is used with."""
+    """Raises ConfigError where an objective is unknown, or does not fit the training, the local pairs or the hard negatives
+    it is used with."""
     stages = [("objective", params.objective, "finetune", params.finetune)]
     if params.intermediate.dataset is not None:
         first = params.intermediate
@@ -177,6 +178,11 @@ def check_objectives(params: Params) -> None:
         make, config = objective_config(values, name)
         made = make(config)
         check_captions(made, training.captions, section)
+        if made.needs_local and not params.flism.splits:
+            raise ConfigError(
+                f"{name}.name = {values['name']!r} needs local pairs, but flism.splits = []: nothing is matched. Set "
+                "flism.splits=[train], or an objective without local terms, such as objective=degla or objective=global"
+            )
         if not made.needs_negatives:
             continue
         negatives = params.negatives

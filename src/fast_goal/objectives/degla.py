@@ -6,7 +6,7 @@ embeddings near those of the teacher, an average of the weights over the steps t
 from. With the global term alone it is plain fine-tuning with hard negatives, as NegCLIP does (`objective=negclip`). What
 differs from the published code: docs/degla.md.
 
-Letters: B pairs, K hard negative captions of each image, N of the batch, D embedding width. All features are
+Letters: B pairs, K hard negative captions of each caption at most, N of the batch, D embedding width. All features are
 L2-normalised. A mask [B, K] is True for the negatives that exist; the others may hold anything finite.
 """
 
@@ -93,7 +93,7 @@ class Degla:
         image, text, scale = features.image_global, features.text_global, features.scale
         match term:
             case "global":
-                return global_loss(image, text, negatives, scale, mask)
+                return global_loss(image, text, features.text_negatives, scale)
             case "igc":
                 return _of_those_with_negatives(igc_loss(image, text, negatives, scale, mask), mask)
             case "tgc":
@@ -117,21 +117,21 @@ def padded_negatives(features: Features) -> tuple[Tensor, Tensor]:
 def global_loss(image: Tensor, text: Tensor, negatives: Tensor, scale: Tensor | float, mask: Tensor | None = None) -> Tensor:
     """Symmetric InfoNCE in which each image also has to tell its caption from the hard negatives of the whole batch.
 
-    image, text [B, D]; negatives [B, K, D]; scale is the exponentiated logit scale. Image to text runs over B + B K
-    captions; text to image over the B images, as no image belongs to a negative. A scalar.
+    image, text [B, D]; negatives [B, K, D] with a mask [B, K], or [N, D], as whose they are makes no difference here; scale is
+    the exponentiated logit scale. Image to text runs over the B captions and all negatives; text to image over the B images,
+    as no image belongs to a negative. A scalar.
     """
     batch = len(image)
     target = torch.arange(batch, device=image.device)
-    positive_logits = scale * (image @ text.T)  # [B, B]
-    negative_logits = scale * (image @ negatives.flatten(0, 1).T)  # [B, B*K]
+    logits = scale * (image @ torch.cat([text, negatives.flatten(0, -2)]).T)  # [B, B+N]
+    text_to_image = F.cross_entropy(logits[:, :batch].T, target)
     if mask is not None:
-        negative_logits = negative_logits.masked_fill(~mask.flatten(), -torch.inf)
-    image_to_text = F.cross_entropy(torch.cat([positive_logits, negative_logits], dim=1), target)
-    return (image_to_text + F.cross_entropy(positive_logits.T, target)) / 2
+        logits = logits.masked_fill(F.pad(~mask.flatten(), (batch, 0)), -torch.inf)
+    return (F.cross_entropy(logits, target) + text_to_image) / 2
 
 
 def igc_loss(image: Tensor, text: Tensor, negatives: Tensor, scale: Tensor | float, mask: Tensor | None = None) -> Tensor:
-    """Image-grounded contrast: each image against its own caption and its own hard negatives.
+    """Image-grounded contrast: each image has to tell its own caption from that caption's hard negatives.
 
     image, text [B, D]; negatives [B, K, D]; scale is the exponentiated logit scale. A scalar.
     """
@@ -156,19 +156,16 @@ def distillation_loss(
     teacher_text: Tensor,
     teacher_negatives: Tensor,
     reduction: Reduction = "sum",
-    mask: Tensor | None = None,
 ) -> Tensor:
     """Self-distillation: the squared distances of the embeddings from those of the teacher, images and all texts together.
 
-    image, text and their teacher's [B, D]; negatives and their teacher's [B, K, D], with a mask [B, K], or [N, D]. "sum", as
-    published, adds up the distances of all images, captions and negatives: its strength beside the other terms, which are
-    means, grows with the batch. "mean" is that sum divided by B, the number of pairs: a pair and its negatives together
-    count the same in a batch of any size, and one with more negatives counts more, as in the sum. A scalar.
+    image, text and their teacher's [B, D]; negatives and their teacher's [N, D]. "sum", as published, adds up the distances
+    of all images, captions and negatives: its strength beside the other terms, which are means, grows with the batch. "mean"
+    is that sum divided by B, the number of pairs: a pair and its negatives together count the same in a batch of any size,
+    and one with more negatives counts more, as in the sum. A scalar.
     """
-    of_negatives = (negatives - teacher_negatives).square().sum(-1)  # [B, K] or [N]
-    if mask is not None:
-        of_negatives = of_negatives.masked_fill(~mask, 0)
-    total = (image - teacher_image).square().sum() + (text - teacher_text).square().sum() + of_negatives.sum()
+    pairs = ((image, teacher_image), (text, teacher_text), (negatives, teacher_negatives))
+    total = sum((own - taught).square().sum() for own, taught in pairs)
     return total / len(image) if reduction == "mean" else total
 
 

@@ -135,7 +135,7 @@ def _regions(params: Params) -> tuple[pd.DataFrame | None, str]:
     from fast_goal.data.records import REGIONS, read_table
 
     kind = params.base.detector.kind
-    if params.flism.regions == "spatial" or kind == "none":
+    if params.flism.regions == "spatial" or kind == "none" or not params.flism.splits:
         return None, ""
     path, detector = FLISM / params.download.train_dataset / "regions.parquet", BASE / "detector"
     # the boxes of a table are data, which are to be compared, and no detector that changes

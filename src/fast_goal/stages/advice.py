@@ -162,7 +162,7 @@ def _structure(params: Params) -> tuple[Clip, str]:
 
 def _inputs(training: Training, params: Params, clip: Clip, objective: Objective) -> tuple[Inputs, str]:
     """What the samples are made of, by the data set's longest texts where there is one, and that in words."""
-    from fast_goal.data.records import RECORDS, RECORDS_FOLDER, read_table
+    from fast_goal.data.records import RECORDS, RECORDS_FOLDER, captions_of, read_table
     from fast_goal.training.memory import Inputs
 
     context, table = clip.context_length, RECORDS_FOLDER / f"{training.dataset}.parquet"
@@ -170,7 +170,7 @@ def _inputs(training: Training, params: Params, clip: Clip, objective: Objective
     if table.is_file():
         records = read_table(table, RECORDS)
         own = records[records["split"] == "train"]
-        caption = _longest(own["long_caption"] if kind == "long" else itertools.chain.from_iterable(own["captions"]), context)
+        caption = _longest(itertools.chain.from_iterable(captions_of(own, kind)), context)
         seen = f"{kind} captions of up to {caption} tokens"
     else:
         caption, seen = context, f"{kind} captions of {context} tokens, the context, as there is no data yet"

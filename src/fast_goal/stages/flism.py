@@ -3,6 +3,8 @@
 Reads data/records/ and models/base/; writes data/flism/<dataset>/{regions,pairs,skipped}.parquet and pairs.png, and
 data/flism/metrics.json. Finished shards stay in .fast_goal/flism/, so that a killed run goes on where it stopped and a
 grown data set costs only what is new; embeddings, detections and sentence bounds in .fast_goal/embeddings/.
+
+Without any `flism.splits` nothing is matched: the tables are there and empty, and metrics.json says so.
 """
 
 from __future__ import annotations
@@ -33,17 +35,32 @@ def main(params: Params, track: Tracker) -> None:
     it is another one."""
     from fast_goal.environment import prepare
     from fast_goal.files import write_json
+
+    names = params.training_datasets
+    if not params.flism.splits:
+        for name in names:
+            _write_none(OUTPUT / name)
+        write_json(OUTPUT / "metrics.json", {"used": False})
+        return
     from fast_goal.flism.metrics import flat
 
     begin = time.monotonic()
     prepare()
-    names = params.training_datasets
     metrics = {name: _match(params, name, track) for name in names}
     seconds = time.monotonic() - begin
     write_json(OUTPUT / "metrics.json", {**metrics, "seconds": seconds})
     numbers = flat(metrics[names[0]])
     track.metrics({**numbers, **flat({name: metrics[name] for name in names[1:]}), "seconds": seconds})
     track.headline({f"flism_{name}": numbers[name] for name in HEADLINES if name in numbers})
+
+
+def _write_none(folder: Path) -> None:
+    """Empty tables: `finetune` and `publish` depend on them, whether they look at pairs or not."""
+    from fast_goal.data.records import PAIRS, REGIONS, SKIPPED, write_table
+
+    (folder / "pairs.png").unlink(missing_ok=True)  # of an earlier run
+    for name, schema in (("regions", REGIONS), ("pairs", PAIRS), ("skipped", SKIPPED)):
+        write_table(folder / f"{name}.parquet", [], schema)
 
 
 def _match(params: Params, name: str, track: Tracker) -> dict[str, Any]:

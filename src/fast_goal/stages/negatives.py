@@ -159,9 +159,10 @@ def _make(params: Params, dataset: Dataset, similarity: Similarity | None) -> Re
 
 def _captions(records: pd.DataFrame, which: str) -> list[tuple[str, str]]:
     """Image id and caption, of each caption that says anything, each once for an image."""
-    columns = zip(records["image_id"], records["long_caption"], records["captions"], strict=True)
-    texts = [(image, [long] if which == "long" else list(short)) for image, long, short in columns]
-    return list(dict.fromkeys((image, text) for image, several in texts for text in several if text.strip()))
+    from fast_goal.data.records import captions_of
+
+    texts = zip(records["image_id"], captions_of(records, which), strict=True)
+    return list(dict.fromkeys((image, text) for image, several in texts for text in several))
 
 
 def _similarity() -> Similarity:

@@ -88,6 +88,8 @@ def how_it_was_made(params: Params) -> dict[str, dict[str, Any]]:
     if source["source"] == "captioned":
         captioner = source["captioner"]
         made["captions"] = {name: _shown(captioner[name]) for name in CAPTIONER_FACTS} | {"prompt": source["prompt"]}
+    if not params.flism.splits:
+        return made
     return made | {
         "matcher": matcher,
         "detector": {name: _shown(detector[name]) for name in DETECTOR_FACTS if name in detector},

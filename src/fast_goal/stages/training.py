@@ -214,12 +214,11 @@ def validation(
     None where too few images have one."""
     import torch
 
+    from fast_goal.data.records import captions_of
     from fast_goal.evaluation.embedding import Captions, answer, questions
     from fast_goal.evaluation.retrieval import recall_at_k
 
-    records = dataset.split("val")
-    of = ([text] for text in records["long_caption"]) if captions == "long" else records["captions"]
-    if sum(any(text.strip() for text in texts) for texts in of) < MINIMUM_VALIDATION:
+    if sum(map(bool, captions_of(dataset.split("val"), captions))) < MINIMUM_VALIDATION:
         return None
     asked = questions(dataclasses.replace(dataset, truth=None), "val")
     nothing = Captions([], asked.short.images[:0])

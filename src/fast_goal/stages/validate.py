@@ -69,7 +69,8 @@ def main(params: Params, track: Tracker) -> None:
 
 
 def _subject(params: Params, name: str, training: Dataset | None) -> Subject:
-    """The tables of one data set. FLISM always runs on one that is trained on; elsewhere its tables are optional."""
+    """The tables of one data set. FLISM runs on one that is trained on; elsewhere its tables are optional. Where it was asked
+    for no split, its tables are empty and nothing is expected of them."""
     import pandas as pd
 
     from fast_goal.data import records
@@ -79,12 +80,19 @@ def _subject(params: Params, name: str, training: Dataset | None) -> Subject:
     skipped = [records.load_skipped(name)]
     regions = pairs = None
     folder = FLISM / name
-    if training or folder.is_dir():
+    if params.flism.splits and (training or folder.is_dir()):
         regions = records.read_table(folder / "regions.parquet", records.REGIONS)
         pairs = records.read_table(folder / "pairs.parquet", records.PAIRS)
         skipped.append(records.read_table(folder / "skipped.parquet", records.SKIPPED))
     splits = tuple(params.flism.splits) if regions is not None else ()
-    return Subject(dataset, regions, pairs, pd.concat(skipped, ignore_index=True), splits)
+    skips = pd.concat(skipped, ignore_index=True)
+    return Subject(dataset, regions, pairs, skips, splits, _captions(params, name))
+
+
+def _captions(params: Params, name: str) -> frozenset[str]:
+    """The captions of the data set that are trained on, long or short; those of two stages may differ."""
+    stages = [(params.download.train_dataset, params.finetune), (params.intermediate.dataset, params.intermediate.training)]
+    return frozenset(training.captions for dataset, training in stages if dataset == name)
 
 
 def _base() -> Base | None:

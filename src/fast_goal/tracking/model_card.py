@@ -139,8 +139,7 @@ def model_card(
             f"From {origin}, fine-tuned "
             + (f"first on `{first.dataset}` {_training(first.objective, first.training)}; then " if first.dataset else "")
             + f"on `{params.download.train_dataset}` {_training(params.objective, params.finetune)}. Seed {params.seed}. Text "
-            f"context: {base.context_length} tokens. Pairs of region and sentence were found by FLISM (regions: "
-            f"{params.flism.regions}, best {params.flism.top_k} per image).{_hard_negatives(params)}",
+            f"context: {base.context_length} tokens.{_local_pairs(params)}{_hard_negatives(params)}",
             "",
             "## Data",
             *[_dataset_line(info, params) for info in datasets],
@@ -170,6 +169,13 @@ def _training(objective: Mapping[str, Any], training: FinetuneConfig) -> str:
         f"with the objective `{objective.get('name')}` ({_terms(objective) or 'no weights'}) for {training.epochs} epochs: "
         f"batch {training.batch_size}, learning rate {training.learning_rate:g}, weight decay {training.weight_decay:g}"
     )
+
+
+def _local_pairs(params: Params) -> str:
+    flism = params.flism
+    if not flism.splits:
+        return ""
+    return f" Pairs of region and sentence were found by FLISM (regions: {flism.regions}, best {flism.top_k} per image)."
 
 
 def _hard_negatives(params: Params) -> str:

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
@@ -31,7 +32,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from fast_goal.config import FinetuneConfig
 from fast_goal.data.captions import tokenize, trim
-from fast_goal.data.records import Dataset
+from fast_goal.data.records import Dataset, captions_of
 from fast_goal.data.shards import ShardImages
 from fast_goal.environment import prepare
 from fast_goal.errors import ConfigError, DataError, FastGoalError
@@ -327,8 +328,7 @@ class PairDataset(TorchDataset):
 
 def _captions(records: pd.DataFrame, which: str) -> tuple[list[int], list[str]]:
     """The captions, and of each the row of its image."""
-    of = ([text] for text in records["long_caption"]) if which == "long" else records["captions"]
-    found = [(row, text) for row, texts in enumerate(of) for text in texts if text.strip()]
+    found = [(row, text) for row, texts in enumerate(captions_of(records, which)) for text in texts]
     return [row for row, _ in found], [text for _, text in found]
 
 
@@ -441,7 +441,13 @@ class Loader:
             pin_memory=pin_memory,
             generator=torch.Generator(),  # else the loader draws from the global one
         )
+        # the end of this process waits for its children, and the workers do not heed the SIGTERM that it sends them before
+        self._close = weakref.finalize(self, _shut_down, self._loader)
         self._decoder = None if samples.gpu is None else GpuDecoder(samples.views, samples.gpu)
+
+    def close(self) -> None:
+        """Ends the workers; so does the end of this process."""
+        self._close()
 
     def image_ids(self, step: int) -> list[str]:
         """Of which images the batch of a step, counted from 0 over all epochs, is made."""
@@ -520,6 +526,13 @@ class _Guarded(TorchDataset):
             return self._samples[indices]
         except DataError as error:
             return error
+
+
+def _shut_down(loader: DataLoader) -> None:
+    """Ends the workers, also those of an epoch that an error cut short and whose traceback somebody still holds."""
+    iterator, loader._iterator = loader._iterator, None
+    if iterator is not None:
+        iterator._shutdown_workers()
 
 
 def _unchanged(batch: T) -> T:

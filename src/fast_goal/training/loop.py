@@ -125,7 +125,7 @@ class _Training:
         clip.to(device).train()
         clip.checkpointed(config.checkpointing)
         groups = parameter_groups(clip, config.decayed, config.layer_decay, config.freeze, section)
-        self.optimizer = make_optimizer(groups, config.learning_rate, config.weight_decay)
+        self.optimizer = make_optimizer(groups, config.learning_rate, config.weight_decay, config.betas, config.adam_epsilon)
         self.average = None if config.ema is None else Average(clip, config.ema)
         self.result = clip if self.average is None else self.average.model
         decay = objective.teacher_decay

@@ -23,11 +23,18 @@ def learning_rate(step: int, total: int, base: float, warmup: int = 0) -> float:
     return base * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def make_optimizer(parameters: Iterable[Any], rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with torch's defaults over parameters or groups of them; where a group says nothing else, the decay acts on
-    every parameter, biases and the logit scale too, as in the paper."""
+def make_optimizer(
+    parameters: Iterable[Any],
+    rate: float,
+    weight_decay: float,
+    betas: Sequence[float] = (0.9, 0.999),
+    epsilon: float = 1e-8,
+) -> torch.optim.AdamW:
+    """AdamW, by default with torch's betas and epsilon, over parameters or groups of them; where a group says nothing else,
+    the decay acts on every parameter, biases and the logit scale too, as in the paper."""
+    first, second = betas
     # Fused: the token embedding's 49,408 rows, most of them untouched in a step, would else dominate a small model's step.
-    return torch.optim.AdamW(parameters, lr=rate, weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(parameters, lr=rate, betas=(first, second), eps=epsilon, weight_decay=weight_decay, fused=True)
 
 
 def parameter_groups(

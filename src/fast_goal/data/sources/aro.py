@@ -111,7 +111,8 @@ def load_order(config: OrderConfig, name: str, folder: Path) -> Loaded:
                 text = normalised(caption, config.max_words)
                 rng = random.Random(f"{config.seed} {image_id} {caption}")
                 foils = [normalised(foil, config.max_words) for foil in shuffles(words, rng)]
-                false = [foil for foil in foils if foil != text]
+                same = normalised(" ".join(word.text for word in words), config.max_words)  # CLIP takes `dog ,` for `dog,`
+                false = [foil for foil in foils if foil not in (text, same)]
                 unchanged += len(foils) - len(false)
                 if not false:
                     skipped.note(image_id, -1, "no shuffle differs", caption[:120])
@@ -135,7 +136,7 @@ def normalised(caption: str, max_words: int) -> str:
 
 
 def shuffles(words: Sequence[speech.Word], rng: random.Random) -> list[str]:
-    """The four shuffles of a caption's words, in ARO's order, joined by blanks; CLIP takes `dog ,` for `dog,`."""
+    """The four shuffles of a caption's words, in ARO's order, joined by blanks."""
     texts = [word.text for word in words]
     kinds = [word.kind for word in words]
     nouns, adjectives = ([place for place, kind in enumerate(kinds) if kind == wanted] for wanted in ("noun", "adjective"))
