@@ -133,6 +133,7 @@ def test_training_reports_and_learns(make_scenes, tiny_clip, tmp_path):
     ]
     assert summary["steps"] == 24 and summary["precision"] == "fp32" and summary["counts"]["without_pair"] == 1
     assert summary["final"]["loss"] == curve[-1][1]["loss"] and summary["samples_per_second"] > 0
+    assert 0 < summary["step_seconds"] < os.cpu_count() * summary["seconds"] / summary["steps"]
     assert not clip.training
 
 

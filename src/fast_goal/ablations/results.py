@@ -32,8 +32,8 @@ class Measured:
 
     @property
     def step_seconds(self) -> float:
-        """Of one optimiser step, with its input and the start of the training."""
-        return self.finetune["training_seconds"] / self.finetune["steps"]
+        """Of one optimiser step; where the training did not measure it, with its input and the start of the training."""
+        return self.finetune.get("step_seconds") or self.finetune["training_seconds"] / self.finetune["steps"]
 
 
 @dataclass(frozen=True)

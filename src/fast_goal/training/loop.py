@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -140,6 +141,7 @@ class _Training:
                 self.teacher.model.compile()
         self.step = self.first_step = progress["step"]
         self.started = started - progress["seconds"]
+        self.processor_seconds = 0.0  # of the steps that this process took
         check_step(self.step, state_path, group)
         self.recorder = Recorder(section, on_step, progress["history"], config.diverged)
         self.best = Best(Path(f"{state_path}.best"), self.recorder.history, keep=config.result == "best")
@@ -190,18 +192,20 @@ class _Training:
             "precision": "fp32" if self.dtype is None else "bf16",
             "seconds": self._seconds(),
             "samples_per_second": self.recorder.rate,
+            "step_seconds": self._step_seconds(),
             **self._gpu(),
             "final": {name: value for name, value in final.items() if name not in NOT_FINAL},
         }
 
     def _take(self, batch: Batch, epoch: int) -> None:
         """One step, and what is due after it."""
-        config = self.config
+        config, begin = self.config, time.process_time()
         rate = learning_rate(self.step, self.total, config.learning_rate, config.warmup_steps)
         set_rate(self.optimizer, rate)
         with _memory_advice(config, self.loader.batch_size // self.group.world, self.section):
             values = self.train_step([part.to(self.device) for part in batch.split(config.accumulate)])
         self.step += 1
+        self.processor_seconds += time.process_time() - begin
         for average in (self.average, self.teacher):
             if average is not None:
                 average.update(self.step)
@@ -259,6 +263,15 @@ class _Training:
     def _seconds(self) -> float:
         """Of the whole training, with those before a resume."""
         return time.perf_counter() - self.started
+
+    def _step_seconds(self) -> float | None:
+        """What a step costs, to compare trainings by: without a GPU the seconds of all cores, its input not counted, which other
+        work on the machine hardly changes; with one the median of the time that passes. None where none was taken or logged."""
+        if self.device.type == "cpu":
+            taken = self.step - self.first_step
+            return self.processor_seconds / taken if taken else None
+        rates = [record["samples_per_second"] for record in self.recorder.history if "samples_per_second" in record]
+        return self.loader.batch_size / statistics.median(rates) if rates else None
 
     def _gpu(self) -> dict[str, float]:
         if self.device.type != "cuda":
