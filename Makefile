@@ -35,7 +35,7 @@ repro: setup  ## run the pipeline: everything that is out of date, in order
 	dvc repro
 
 test: setup  ## run the tests
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --durations 30
 
 lint: setup  ## check style
 	$(BIN)/ruff check src flows tests

@@ -170,16 +170,14 @@ def test_the_pairs_of_its_own_data_set_are_read():
     assert read_json("models/intermediate/clip/fast_goal.json")["method"]["weights"]["local"] == 0
 
 
-def test_two_processes_share_the_step(monkeypatch, empty_store):
-    """As many as its own section asks for."""
-    values = params(*FIRST, "intermediate.training.processes=2", "intermediate.training.batch_size=2")
+def test_as_many_processes_share_the_step_as_its_own_section_asks_for(monkeypatch):
+    """How they share it is tested with `finetune`."""
+    values = params(*FIRST, "intermediate.training.processes=2", "finetune.processes=3")
     Path("params.yaml").write_text(yaml.safe_dump(to_dict(values), sort_keys=False))
-    shutil.copy(empty_store, "mlflow.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{Path.cwd() / 'mlflow.db'}")
+    started = []
+    monkeypatch.setattr("fast_goal.training.distributed.launch", lambda *arguments: started.append(arguments))
     stages.run("intermediate")
-    metrics = read_json("models/intermediate/metrics.json")
-    assert (metrics["steps"], metrics["batch_size"]) == (12, 2)
-    assert len(Path("models/intermediate/history.csv").read_text().splitlines()) == 13
+    assert started == [(2, ["-m", "fast_goal", "intermediate"])]
 
 
 def test_without_a_first_stage_one_process_is_enough(monkeypatch, empty_store):
