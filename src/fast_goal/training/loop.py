@@ -265,8 +265,8 @@ class _Training:
         return time.perf_counter() - self.started
 
     def _step_seconds(self) -> float | None:
-        """What a step costs, to compare trainings by: without a GPU the seconds of all cores, its input not counted, which other
-        work on the machine hardly changes; with one the median of the time that passes. None where none was taken or logged."""
+        """What a step costs, to compare trainings by: without a GPU the seconds of all cores, its input not counted, which
+        other work on the machine hardly changes; with one the median of the time that passes. None where none was taken."""
         if self.device.type == "cpu":
             taken = self.step - self.first_step
             return self.processor_seconds / taken if taken else None
