@@ -100,10 +100,12 @@ class Forwards:
     @contextmanager
     def measured(self) -> Iterator[Forwards]:
         """Watches every CLIP and every ultralytics model of this process for the length of the block."""
+        from fast_goal.flism.detectors.ultralytics import prepare_ultralytics
         from fast_goal.model.clip import Clip
 
         patched = [(Clip, "embed")]
         try:
+            prepare_ultralytics()
             from ultralytics.nn.tasks import BaseModel
 
             patched.append((BaseModel, "detect"))

@@ -420,6 +420,14 @@ def test_pillow_stays_as_it_was(trained):
     assert Image.open.__module__ == "PIL.Image"
 
 
+def test_pillow_is_put_right_if_ultralytics_was_imported_before(trained, monkeypatch):
+    from ultralytics.utils import patches
+
+    monkeypatch.setattr(Image, "open", patches.image_open)  # as an import of ultralytics leaves it
+    prepare_ultralytics()
+    assert Image.open.__module__ == "PIL.Image"
+
+
 def test_ultralytics_stays_quiet_and_alone(trained):
     from ultralytics import settings
     from ultralytics.utils import AUTOINSTALL, ONLINE

@@ -269,19 +269,19 @@ def train_detector(dataset: Dataset, config: DetectorConfig, folder: Path, seed:
 def prepare_ultralytics() -> None:
     """Imports ultralytics so that it neither calls home, installs packages, nor logs to other trackers."""
     prepare()
-    pillow_open = Image.open
     # offline, it does not ask the name servers at import whether it is online; downloads that are asked for still work
     for name, value in {"YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false"}.items():
         os.environ.setdefault(name, value)
     Path(os.environ["YOLO_CONFIG_DIR"]).mkdir(parents=True, exist_ok=True)
     import torchvision  # noqa: F401  ultralytics uses its non-maximum suppression only if it is imported already
     from ultralytics import settings
-    from ultralytics.utils import LOGGER, torch_utils
+    from ultralytics.utils import LOGGER, patches, torch_utils
 
     # On a CPU it would set torch to one thread fewer than there are cores, for all that the process does after it.
     torch_utils.NUM_THREADS = torch.get_num_threads()
-    # it replaces Pillow's `open` by one that, for a file that is no image, tries to install a package
-    Image.open = pillow_open
+    # It replaces Pillow's `open` by one that, for a file that is no image, tries to install a package. What it keeps is
+    # Pillow's own, also if somebody else imported it first, or another thread does at this moment.
+    Image.open = patches._image_open
     LOGGER.setLevel(logging.ERROR)
     wanted = {
         name: False for name in ("sync", "mlflow", "dvc", "clearml", "comet", "raytune", "tensorboard", "wandb", "vscode_msg")
