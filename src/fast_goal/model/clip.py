@@ -1,7 +1,8 @@
 """CLIP as the rest of the project sees it, and the only module that uses open_clip (except for its tokenizer).
 
 A model on disk is a folder that `open_clip.create_model_and_transforms("local-dir:<folder>")` loads: its
-`open_clip_config.json`, the weights as safetensors, and our `fast_goal.json`.
+`open_clip_config.json`, the weights as safetensors, and our `fast_goal.json`; and, of a model with text-conditioned pooling
+(FLAIR), which open_clip does not know, `pooling.safetensors`.
 
 Letters: B batch, S image side in pixels, N patches, L tokens, W tower width, D embedding width.
 """
@@ -21,12 +22,14 @@ from fast_goal.config import BaseConfig, ScratchConfig
 from fast_goal.environment import prepare
 from fast_goal.errors import ConfigError, ModelError
 from fast_goal.files import atomic_folder, read_json, write_json
+from fast_goal.model.pooling import PoolingHead
 from fast_goal.model.positions import Stretch, stretch_positions
 
 if TYPE_CHECKING:
     from fast_goal.data.images import View
 
 CONFIG_FILE, WEIGHTS_FILE, INFO_FILE = "open_clip_config.json", "open_clip_model.safetensors", "fast_goal.json"
+POOLING_FILE = "pooling.safetensors"
 VOCABULARY = 49408  # CLIP's byte pairs; the tokenizer of data/captions.py knows no other
 LAST = ("ln_post", "proj", "ln_final", "text_projection", "logit_scale")  # parameters that follow the last block
 SCHEMAS = ("hf-hub:", "local-dir:")  # of models that bring their weights along
@@ -43,14 +46,16 @@ class Encoded(NamedTuple):
     image_tokens: Tensor | None  # [B, N, W], row-major patches, without the class token
     text_features: Tensor | None  # [B, D], L2-normalised
     text_tokens: Tensor | None  # [B, L, W]
+    text_queries: Tensor | None  # [B, D], the text features before L2: what asks the pooling
 
 
 class Clip(nn.Module):
     """An open_clip `CLIP` with a vision transformer and CLIP's tokenizer.
 
     `config` is open_clip's model configuration of exactly this model, context length and activation included;
-    `preprocess` its preprocessing (mean, std, resize_mode); `name` says where the weights came from. Raises ModelError for
-    a model whose patch tokens cannot be projected as the class token is, or that reads text differently.
+    `preprocess` its preprocessing (mean, std, resize_mode); `name` says where the weights came from. `pooling`: the head of
+    text-conditioned pooling, None where it was not trained with one. Raises ModelError for a model whose patch tokens cannot be
+    projected as the class token is, or that reads text differently.
     """
 
     def __init__(self, model: nn.Module, config: dict[str, Any], preprocess: dict[str, Any], name: str):
@@ -66,6 +71,7 @@ class Clip(nn.Module):
         self.mean, self.std = tuple(preprocess["mean"]), tuple(preprocess["std"])
         self.view_mode = RESIZE_MODES[preprocess.get("resize_mode", "shortest")]
         self.stretch = Stretch(self.context_length, self.context_length, 0)  # by which its text positions were made here
+        self.pooling: PoolingHead | None = None
 
     @property
     def logit_scale(self) -> Tensor:
@@ -78,15 +84,16 @@ class Clip(nn.Module):
         Attention over text is causal and padding follows the end-of-text token, so tokens trimmed to the longest caption
         of the batch give the same result as untrimmed ones.
         """
-        image_features = image_tokens = text_features = text_tokens = None
+        image_features = image_tokens = text_features = text_tokens = text_queries = None
         if images is not None:
             visual = self.model.visual.forward_intermediates(images, indices=1, output_fmt="NLC")
             image_features, image_tokens = _unit(visual["image_features"]), visual["image_intermediates"][-1]
         if tokens is not None:
             text_tokens = self._text_tokens(tokens)
             end = tokens.argmax(dim=-1)  # end-of-text has the highest id
-            text_features = self.project_text(text_tokens[torch.arange(len(tokens), device=tokens.device), end])
-        return Encoded(image_features, image_tokens, text_features, text_tokens)
+            text_queries = self._projected_text(text_tokens[torch.arange(len(tokens), device=tokens.device), end])
+            text_features = _unit(text_queries)
+        return Encoded(image_features, image_tokens, text_features, text_tokens, text_queries)
 
     def _text_tokens(self, tokens: Tensor) -> Tensor:
         length = tokens.shape[1]
@@ -102,11 +109,24 @@ class Clip(nn.Module):
 
         What CLIP does to its class token (FAST-GOAL equation 11).
         """
-        return _unit(self.model.visual.ln_post(pooled) @ self.model.visual.proj)
+        return _unit(self.project_patches(pooled))
+
+    def project_patches(self, tokens: Tensor) -> Tensor:
+        """As `project_image`, without L2: the patches that the pooling looks at (FLAIR, section 3.1)."""
+        return self.model.visual.ln_post(tokens) @ self.model.visual.proj
 
     def project_text(self, pooled: Tensor) -> Tensor:
         """Tokens or means of tokens [..., W] -> [..., D]: final layer norm, text projection, L2 (FAST-GOAL equation 12)."""
-        return _unit(self.model.ln_final(pooled) @ self.model.text_projection)
+        return _unit(self._projected_text(pooled))
+
+    def _projected_text(self, pooled: Tensor) -> Tensor:
+        return self.model.ln_final(pooled) @ self.model.text_projection
+
+    def add_pooling(self, heads: int, seed: int = 0) -> None:
+        """Gives the model a fresh head of text-conditioned pooling; the same seed gives the same one. Raises ConfigError."""
+        if self.embed_dim % heads:
+            raise ConfigError(f"heads = {heads}: {self.name} has embeddings of {self.embed_dim}, which so many do not divide")
+        self.pooling = PoolingHead(self.embed_dim, heads, seed).to(self.model.logit_scale.device).train(self.training)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images [B, 3, S, S] -> [B, D], L2-normalised."""
@@ -123,10 +143,13 @@ class Clip(nn.Module):
         return View(width, height, size=self.image_size, mode=self.view_mode, mean=self.mean, std=self.std)
 
     def depths(self) -> dict[str, tuple[str, int]]:
-        """Of every parameter by name: its tower (`image`, `text`, or `both` for the logit scale), and how many blocks lie
-        from it to its tower's end: 0 after the last block, 1 in it, one more than all blocks in the embeddings."""
+        """Of every parameter by name: its tower (`image`, `text`, `pooling`, or `both` for the logit scale), and how many blocks
+        lie from it to its tower's end: 0 after the last block, 1 in it, one more than all blocks in the embeddings."""
         found = {}
         for name, _ in self.named_parameters():
+            if name.startswith("pooling."):
+                found[name] = "pooling", 0
+                continue
             own = name.removeprefix("model.")
             tower = "both" if own == "logit_scale" else "image" if own.startswith("visual.") else "text"
             blocks = len((self.model.visual if tower == "image" else self.model).transformer.resblocks)
@@ -153,6 +176,7 @@ class Clip(nn.Module):
         model.to(self.model.logit_scale.device).train(self.training)
         made = Clip(model, config, self._preprocess(), self.name)
         made.stretch = Stretch(self.context_length, context_length, keep)
+        made.pooling = copy.deepcopy(self.pooling)
         return made
 
     def save(self, folder: Path | str, info: dict[str, Any]) -> None:
@@ -168,13 +192,21 @@ class Clip(nn.Module):
             weights = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
             save_file(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
             # safetensors lets only the owner read; whoever may read the configuration may read the weights
-            (temporary / WEIGHTS_FILE).chmod((temporary / CONFIG_FILE).stat().st_mode)
+            mode = (temporary / CONFIG_FILE).stat().st_mode
+            (temporary / WEIGHTS_FILE).chmod(mode)
+            if self.pooling is not None:
+                weights = {name: value.detach().cpu().contiguous() for name, value in self.pooling.state_dict().items()}
+                metadata = {"format": "pt", "heads": str(self.pooling.pooling.heads)}
+                save_file(weights, temporary / POOLING_FILE, metadata=metadata)
+                (temporary / POOLING_FILE).chmod(mode)
 
     @classmethod
     def load(cls, folder: Path | str) -> Clip:
         """Reads a folder that `save`, or open_clip, wrote. Raises ModelError, which names the folder."""
         way_out = f"Write {folder} anew by running the step that makes it."
-        return _create(f"local-dir:{folder}", None, _saved_name(Path(folder)), way_out)
+        clip = _create(f"local-dir:{folder}", None, _saved_name(Path(folder)), way_out)
+        clip.pooling = _saved_pooling(Path(folder), clip.embed_dim, way_out)
+        return clip
 
     def _preprocess(self) -> dict[str, Any]:
         resize_mode = next(mode for mode, view_mode in RESIZE_MODES.items() if view_mode == self.view_mode)
@@ -250,13 +282,31 @@ def structure(base: BaseConfig) -> Clip:
 
 
 def saved_structure(folder: Path | str) -> Clip:
-    """The CLIP of a folder, as `structure`: its weights are not read."""
-    return _untrained(read_json(Path(folder) / CONFIG_FILE)["model_cfg"], _saved_name(Path(folder)))
+    """The CLIP of a folder, as `structure`: the weights of its towers are not read."""
+    clip = _untrained(read_json(Path(folder) / CONFIG_FILE)["model_cfg"], _saved_name(Path(folder)))
+    clip.pooling = _saved_pooling(Path(folder), clip.embed_dim, f"Write {folder} anew by running the step that makes it.")
+    return clip
 
 
 def _saved_name(folder: Path) -> str:
     info = folder / INFO_FILE
     return read_json(info).get("name", folder.name) if info.exists() else folder.name
+
+
+def _saved_pooling(folder: Path, width: int, way_out: str) -> PoolingHead | None:
+    """The head of text-conditioned pooling in a model's folder, None where there is none."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / POOLING_FILE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as stored:
+            head = PoolingHead(width, int((stored.metadata() or {})["heads"]))
+            head.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118  not a mapping
+    except (SafetensorError, OSError, KeyError, ValueError, AssertionError, RuntimeError) as error:
+        raise ModelError(f"{path} cannot be loaded: {type(error).__name__}: {error}\n{way_out}") from error
+    return head
 
 
 def _untrained(config: dict[str, Any], name: str, seed: int = 0) -> Clip:

@@ -4,7 +4,7 @@ A module declares itself with `@objective("name", ConfigClass)`; modules are fou
 `objective` of params.yaml chooses one by its key `name`; the other keys are those of its config class.
 
 Letters: B pairs of whole image and long caption in the batch, P local pairs of them (an image may have none or several), D
-embedding width.
+embedding width; b of the B pairs are this process's own, N patches, K sub-captions of a long caption.
 """
 
 from __future__ import annotations
@@ -20,8 +20,37 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from fast_goal.config import Params, build
+from fast_goal.config import Params, build, number
 from fast_goal.errors import ConfigError
+from fast_goal.model.pooling import PoolingHead
+
+
+@dataclasses.dataclass(frozen=True)
+class SubCaptions:
+    """What is drawn from a long caption in each epoch: `count` texts, each of 1 to `most_sentences` of its sentences (each
+    number is as likely), which with the probability `consecutive` follow each other and else come from anywhere in it."""
+
+    count: int = number(1)
+    most_sentences: int = number(1)
+    consecutive: float = number(0, 1)
+
+
+class Shares:
+    """How the rows of a batch lie with the processes that share it; of itself, one process that has all of them.
+
+    `first`: the number, in the whole batch, of this process's first sample.
+    """
+
+    first = 0
+
+    def rows(self, own: Tensor) -> Tensor:
+        """The rows of all processes in the order of their ranks; a gradient goes back to the process whose row it is, summed
+        over all that used the row."""
+        return own
+
+    def total(self, own: Tensor) -> Tensor:
+        """The sum over the processes; the gradient is that of the own part."""
+        return own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,12 +69,16 @@ class Features:
     teacher_image, teacher_text [B, D], teacher_negatives [N, D]: the same images and texts as the teacher embeds them, without
     a gradient.
     scale: the logit scale, exponentiated, a scalar.
+    patches [b, N, D], sub_queries [b, K, D]: of this process alone, the projected patches of its whole images and its projected
+    sub-captions, neither of them normalised. sub_choices int64 [b, B]: which sub-caption of each image of the batch stands for
+    that image where it is a negative of an own one. shares: of the processes. pooling: the model's head.
     The local ones may be None if the objective's `needs_local` is False; region and sentence, with their weights, also where
-    `needs_pooled` is. The negatives are None if `needs_negatives` is False, the teacher's if `teacher_decay` is None.
+    `needs_pooled` is. text_global may be None if `needs_captions` is False. The negatives are None if `needs_negatives` is False,
+    the teacher's if `teacher_decay` is None; patches, sub_queries, sub_choices and pooling if `sub_captions` is.
     """
 
     image_global: Tensor
-    text_global: Tensor
+    text_global: Tensor | None = None
     image_local: Tensor | None = None
     text_local: Tensor | None = None
     region: Tensor | None = None
@@ -62,6 +95,11 @@ class Features:
     teacher_image: Tensor | None = None
     teacher_text: Tensor | None = None
     teacher_negatives: Tensor | None = None
+    patches: Tensor | None = None
+    sub_queries: Tensor | None = None
+    sub_choices: Tensor | None = None
+    shares: Shares = dataclasses.field(default_factory=Shares)
+    pooling: PoolingHead | None = None
     scale: Tensor
 
 
@@ -94,7 +132,7 @@ def check_weights(weights: Mapping[str, float], terms: Sequence[str]) -> None:
 
 
 class Objective(Protocol):
-    """A loss over the features of one batch."""
+    """A loss over the features of one batch. `Plain` has what most of them say."""
 
     @property
     def needs_local(self) -> bool:
@@ -117,8 +155,31 @@ class Objective(Protocol):
     def alignment(self) -> str:
         """How boxes become patches and sentences become spans: `exact` or `goal` (training/alignment.py)."""
 
+    @property
+    def needs_captions(self) -> bool:
+        """False if whole captions are not looked at."""
+
+    @property
+    def sub_captions(self) -> SubCaptions | None:
+        """What is drawn from long captions; None if neither sub-captions nor patches are looked at."""
+
+    @property
+    def heads(self) -> int | None:
+        """Of the text-conditioned pooling that the model is to have; None if none is looked at."""
+
     def __call__(self, features: Features) -> dict[str, Tensor]:
         """Every term by its name, without its weight, and their weighted sum as `loss`; all scalars."""
+
+
+class Plain:
+    """What an objective says that looks at nothing but whole images and captions."""
+
+    needs_local = needs_pooled = needs_negatives = False
+    needs_captions = True
+    teacher_decay: float | None = None
+    alignment = "exact"
+    sub_captions: SubCaptions | None = None
+    heads: int | None = None
 
 
 _OBJECTIVES: dict[str, tuple[Callable[[Any], Objective], type]] = {}

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fast_goal.config import number
-from fast_goal.objectives import Features, at_least_float32, check_weights, objective
+from fast_goal.objectives import Features, Plain, at_least_float32, check_weights, objective
 
 TERMS = ("global", "igc", "tgc", "distillation")
 TEACHER_TERMS = TERMS[2:]
@@ -45,7 +45,7 @@ class DeglaConfig:
 
 
 @objective("degla", DeglaConfig)
-class Degla:
+class Degla(Plain):
     """The weighted sum of the terms; a term of weight 0 is neither computed nor reported.
 
     A caption without a negative takes no part in IGC and TGC, which are means over those that have one, and 0, with zero
@@ -56,30 +56,12 @@ class Degla:
     def __init__(self, config: DeglaConfig):
         self.config = config
 
-    @property
-    def needs_local(self) -> bool:
-        """No term looks at local pairs."""
-        return False
-
-    @property
-    def needs_pooled(self) -> bool:
-        """No term looks at pooled tokens."""
-        return False
-
-    @property
-    def needs_negatives(self) -> bool:
-        """Every term looks at hard negative captions."""
-        return True
+    needs_negatives = True  # every term looks at them
 
     @property
     def teacher_decay(self) -> float | None:
         """The teacher's decay, None if no term that looks at it has a weight."""
         return self.config.teacher_decay if any(self.config.weights[term] for term in TEACHER_TERMS) else None
-
-    @property
-    def alignment(self) -> str:
-        """Of no importance, as there are no boxes and sentences."""
-        return "exact"
 
     def __call__(self, features: Features) -> dict[str, Tensor]:
         """The terms and their weighted sum `loss`, computed in float32 at least, also under autocast."""

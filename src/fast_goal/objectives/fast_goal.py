@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fast_goal.config import number
 from fast_goal.errors import ConfigError
-from fast_goal.objectives import Features, at_least_float32, check_weights, objective
+from fast_goal.objectives import Features, Plain, at_least_float32, check_weights, objective
 from fast_goal.objectives.contrastive import clip_loss
 from fast_goal.objectives.tsl import TargetMatrix, tsl_loss
 
@@ -51,7 +51,7 @@ class FastGoalConfig:
 
 
 @objective("fast_goal", FastGoalConfig)
-class FastGoal:
+class FastGoal(Plain):
     """The weighted sum of the terms; a term of weight 0 is neither computed nor reported."""
 
     def __init__(self, config: FastGoalConfig):
@@ -66,16 +66,6 @@ class FastGoal:
     def needs_pooled(self) -> bool:
         """Whether a TSL term has a weight."""
         return any(self.config.weights[term] for term in POOLED_TERMS)
-
-    @property
-    def needs_negatives(self) -> bool:
-        """No term looks at hard negative captions."""
-        return False
-
-    @property
-    def teacher_decay(self) -> float | None:
-        """There is no teacher."""
-        return None
 
     @property
     def alignment(self) -> str:

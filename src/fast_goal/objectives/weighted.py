@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fast_goal.errors import ConfigError
-from fast_goal.objectives import Features, Objective, objective, objective_config
+from fast_goal.objectives import Features, Objective, SubCaptions, objective, objective_config
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")  # of a part: it becomes part of the names of metrics
 
@@ -55,7 +55,10 @@ class WeightedConfig:
             raise ConfigError(f"parts = {', '.join(self.parts) or 'none'}: at least one has to have a weight above 0")
         alignments = {name: part.alignment for name, part in made.items() if part.needs_local}
         decays = {name: part.teacher_decay for name, part in made.items() if part.teacher_decay is not None}
-        for word, found in (("alignment", alignments), ("teacher_decay", decays)):
+        drawn = {name: part.sub_captions for name, part in made.items() if part.sub_captions is not None}
+        heads = {name: part.heads for name, part in made.items() if part.heads is not None}
+        every = ("alignment", alignments), ("teacher_decay", decays), ("sub_captions", drawn), ("heads", heads)
+        for word, found in every:
             if len(set(found.values())) > 1:
                 told = ", ".join(f"{value} in {name}" for name, value in found.items())
                 raise ConfigError(f"parts: {word} is {told}; set it to the same in all")
@@ -97,6 +100,21 @@ class Weighted:
     def alignment(self) -> str:
         """That of the parts that look at local pairs."""
         return next((part.alignment for part in self.parts.values() if part.needs_local), "exact")
+
+    @property
+    def needs_captions(self) -> bool:
+        """Whether a part looks at whole captions."""
+        return any(part.needs_captions for part in self.parts.values())
+
+    @property
+    def sub_captions(self) -> SubCaptions | None:
+        """Those of the parts that look at any, which they share."""
+        return next((part.sub_captions for part in self.parts.values() if part.sub_captions is not None), None)
+
+    @property
+    def heads(self) -> int | None:
+        """Those of the parts with a pooling, which they share."""
+        return next((part.heads for part in self.parts.values() if part.heads is not None), None)
 
     def __call__(self, features: Features) -> dict[str, Tensor]:
         """The terms of each part as `part/term`, without its weight or that of the part, and the weighted sum as `loss`."""
