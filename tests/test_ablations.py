@@ -114,7 +114,7 @@ def make(queue, *words, said=None):
     return study.Study(study.parse(words), queue, say=(said if said is not None else []).append, poll=0)
 
 
-@pytest.mark.parametrize("name", ["V", "VI", "VII", "VIII", "XIV", "XV", "XVI", "XVII", "degla"])
+@pytest.mark.parametrize("name", ["V", "VI", "VII", "VIII", "XIV", "XV", "XVI", "XVII", "degla", "flair"])
 def test_every_arm_of_every_table_composes_and_is_reached_by_settings(name, tmp_path):
     table, start = tables.load(name), compose()
     for arm in table.arms:
@@ -128,7 +128,7 @@ def test_every_arm_of_every_table_composes_and_is_reached_by_settings(name, tmp_
 
 
 def test_the_tables_are_those_of_the_paper_and_then_our_own():
-    assert tables.names() == ["V", "VI", "VII", "VIII", "XIV", "XV", "XVI", "XVII", "degla"]
+    assert tables.names() == ["V", "VI", "VII", "VIII", "XIV", "XV", "XVI", "XVII", "degla", "flair"]
     for name in tables.names():
         labels = [column.label for column in tables.load(name).columns]
         assert all(re.fullmatch(r"[\w .@-]+", label) for label in labels), "they become names of metrics in MLflow"
@@ -187,7 +187,8 @@ def test_a_whole_table(tmp_path):
     folder = make(queue, "table=VI", "seeds=[0,1]", said=said).run()
     assert len(queue.done) == 14 and queue.starts == 2, "a second time for the runs that waited for the first ones"
     order = [name.rsplit("-", 1)[0] for name in queue.done]
-    assert order[:6] == [f"{arm}-s0" for arm in ("global", "local", "global_local", "fast_goal", "wrong_region", "true_region")]
+    rest = ("local", "global_local", "fast_goal", "wrong_region", "true_region")
+    assert order[:7] == ["global-s0", "global-s1", *(f"{arm}-s0" for arm in rest)], "one run of each seed makes its base"
     timed = [values for name, values in queue.done.items() if name.startswith("global_equal_compute")]
     assert [values["finetune"]["epochs"] for values in timed] == [8, 8], "5 epochs at 0.3 s a step, in steps of 0.2 s"
     assert [values["objective"]["weights"]["local"] for values in timed] == [0, 0]
@@ -400,6 +401,39 @@ def test_hard_negatives_beside_their_parts(tmp_path):
     text = results.markdown(result)
     assert "| FAST-GOAL and DeGLA | +12.0 |" in text and "Minus the row *base*" in text
     assert "no number in the paper" not in text, "there is none of scenes, and none is looked for in a table of this name"
+
+
+def conditioned(recall):
+    """What the task of that name says of long captions, R@1 by mode."""
+    modes = {mode: {way: {"R@1": value} for way in WAYS} for mode, value in recall.items()}
+    return {"long": {**modes, "seconds_per_query": {"global": 0.001, "conditioned": 0.003, "rerank": 0.002}}}
+
+
+def test_flair_in_its_modes_beside_the_others(tmp_path):
+    """Our own table: rows of one arm that differ in how its model is asked."""
+    table = tables.load("flair")
+    runs = []
+    for place, arm in enumerate(table.arms):
+        run = plan.make_run(arm, 0, plan.overrides_of(table, arm, "demo"), "code", tmp_path)
+        assert run.values["objective"]["name"] == ("flair" if arm == "flair" else "fast_goal")
+        plain = {model: {way: {"R@1": value} for way in WAYS} for model, value in (("base", 10.0), ("finetuned", 20.0 + place))}
+        hits = {model: {"hit@1": 5.0 + place} for model in ("base", "finetuned")}
+        scenes = {"long": plain, "localisation": hits}
+        if arm == "flair":
+            scenes["conditioned"] = conditioned({"global": 22.0, "conditioned": 30.0, "rerank": 29.0})
+            hits["attention"] = {"hit@1": 45.0}
+        runs.append(results.Measured(arm, 0, check(run.values), {"scenes": scenes}, {"training_seconds": 7.0}))
+    result = results.gather(table, runs, list(table.arms), [], [])
+    cells = {
+        label: {column: cell.mean for column, cell in row.items() if cell.values}
+        for label, row in result.datasets["scenes"].items()
+    }
+    assert [cells[label]["long T2I R@1"] for label in cells] == [10.0, 20.0, 21.0, 22.0, 30.0, 29.0]
+    assert cells["FLAIR"]["best patch"] == 7.0 and "best patch" not in cells["FLAIR, rerank"]
+    assert cells["FLAIR, conditioned"]["attention"] == 45.0
+    assert cells["FLAIR, conditioned"]["ms per query"] == pytest.approx(3.0)
+    assert "ms per query" not in cells["FAST-GOAL"] and cells["FLAIR"]["training seconds"] == 7.0
+    assert "| FLAIR, conditioned | +20.0 |" in results.markdown(result)
 
 
 def test_deglas_numbers_stand_beside_what_compares():

@@ -277,18 +277,66 @@ def serve_command(
     serve.run(serve.Options(model, host, port, image_root, allow_urls, max_rows, max_megabytes, threads))
 
 
-@app.command("embed", rich_help_panel="Operations")
+class _Mode(StrEnum):
+    global_ = "global"
+    conditioned = "conditioned"
+    rerank = "rerank"
+
+
+@app.command(
+    "embed",
+    help="Embed a folder of images, or the texts of a table, to parquet; with --against, write the best images of each text "
+    "instead. Killed, the same command goes on.\n\n"
+    "Examples: `fast-goal embed my_photos --output photos.parquet`, `fast-goal embed captions.csv --column caption "
+    "--output captions.parquet`, `fast-goal embed my_photos --against captions.csv --mode rerank --top-k 20 "
+    "--output scores.parquet`. See docs/serving.md.",
+    rich_help_panel="Operations",
+)
 def embed_command(
     source: Annotated[Path, typer.Argument(help="Folder of images, or a table (CSV, JSONL, parquet) with texts.")],
     output: Annotated[Path, typer.Option(help="Parquet file to write.")],
     model: Annotated[str, typer.Option(help="URI in MLflow, or a folder.")] = "models:/fast-goal@champion",
     batch_size: Annotated[int, typer.Option(min=1, help="Images, or texts, at once; the result does not depend on it.")] = 64,
     column: Annotated[str, typer.Option(help="Of a table: the column with the texts.")] = "text",
+    patches: Annotated[
+        bool,
+        typer.Option(
+            "--patches", help="Write also what text-conditioned pooling compares: patches of images, queries of texts."
+        ),
+    ] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Table of texts: for each, the best images of SOURCE and their scores are written instead."),
+    ] = None,
+    mode: Annotated[
+        _Mode | None,
+        typer.Option(
+            help="With --against. global (the default): the cosine of the embeddings. conditioned: of the text with the image "
+            "as the text pools its patches; needs a model with text-conditioned pooling. rerank: the best by global, in the "
+            "order of conditioned.",
+            show_default=False,
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --against: images of each text that are written, else 128.", show_default=False),
+    ] = None,
 ) -> None:
-    """Embed a folder of images, or the texts of a table, to parquet. Killed, the same command goes on."""
-    from fast_goal.operations import embed
+    if against is None:
+        from fast_goal.operations import embed
 
-    typer.echo(embed.run(source, output, model, batch_size, column))
+        for option, given in (("--mode", mode), ("--top-k", top_k)):
+            if given is not None:
+                raise typer.BadParameter(f"{option} says how images and texts are compared: name a table with --against.")
+        typer.echo(embed.run(source, output, model, batch_size, column, patches))
+        return
+    from fast_goal.operations import scores
+
+    if patches:
+        raise typer.BadParameter("--patches and --against: the one writes numbers of images or texts, the other their scores.")
+    typer.echo(
+        scores.run(source, against, output, model, (mode or _Mode.global_).value, top_k or scores.TOP_K, batch_size, column)
+    )
 
 
 @app.command("services", rich_help_panel="Operations")
@@ -316,13 +364,17 @@ def export_command(
 ) -> None:
     """Write a model for Hugging Face transformers or ONNX, and check that its embeddings stay the same.
 
-    Needs the extra `export` of this package.
+    In ONNX each tower is a file, and so is a text-conditioned pooling. Needs the extra `export` of this package.
     """
     from fast_goal.model.clip import Clip
     from fast_goal.model.export import export
 
-    found = export(Clip.load(model), output, format.value)
-    typer.echo(f"{output}: {format.value}; largest difference: image {found['image']:.0e}, text {found['text']:.0e}")
+    clip = Clip.load(model)
+    found = export(clip, output, format.value)
+    told = ", ".join(f"{part} {difference:.0e}" for part, difference in found.items())
+    lost = clip.pooling is not None and "pooling" not in found
+    left = "; without its text-conditioned pooling, which this format lacks" if lost else ""
+    typer.echo(f"{output}: {format.value}; largest difference: {told}{left}")
 
 
 @app.command("doctor", rich_help_panel="Set-up")

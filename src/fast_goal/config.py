@@ -261,6 +261,7 @@ class FinetuneConfig:
     accumulate: int = number(1)  # parts that a batch goes through the model in
     learning_rate: float = number(above=0)
     layer_decay: float = number(above=0, high=1)  # of the learning rate, per block below the last
+    head_rate: float = number(above=0)  # factor of the learning rate of the text-conditioned pooling
     weight_decay: float = number(0)
     betas: list[float] = number(0)  # AdamW's: of the average of the gradients, and of that of their squares
     adam_epsilon: float = number(above=0)  # what AdamW adds to the root of the latter
@@ -327,6 +328,8 @@ class EvaluateConfig:
             "joint",
             "composition",
             "zero_shot",
+            "segmentation",
+            "conditioned",
         ]
     ]
     precision: Literal["fp32", "bf16"]
@@ -334,6 +337,10 @@ class EvaluateConfig:
     patch_ks: list[int] = number(1)
     truncation: list[int] = number(3)  # tokens, start and end included
     dropped: float = number(above=0, high=1)  # fraction of the sentences
+    # what a text-conditioned pooling is asked with: tasks whose queries are single texts
+    conditioned_on: list[Literal["long", "short", "sentences", "truncation", "robustness", "shuffled", "dropped"]]
+    rerank: int = number(1)  # candidates of a query that the pooling puts in order again
+    score_block: int = number(1)  # images whose patches are in memory to be scored
     seed: int = number(0)  # of the tasks that draw lots
     batch_size: int = number(1)
     bootstrap_samples: int = number(1)

@@ -52,6 +52,7 @@ def object_row(image_id: str) -> dict:
     }  # fmt: skip
 
 
+BOX = {"x1": 0.0, "y1": 0.0, "x2": 9.0, "y2": 9.0}
 SKIPPED_ROW = {"sample": "c", "row": 7, "step": "download", "reason": "image missing", "detail": "images/c.jpg"}
 
 
@@ -235,10 +236,14 @@ class TestDataset:
 
     @pytest.mark.parametrize(
         ("table", "more"),
-        [("choices", {"group": "add", "caption": "a ball", "foils": ["a box"]}), ("labels", {"label": "ball"})],
+        [
+            ("choices", {**BOX, "group": "add", "caption": "a ball", "foils": ["a box"]}),
+            ("labels", {**BOX, "label": "ball"}),
+            ("masks", {"mask_path": "masks/a.png", "content_hash": "0"}),
+        ],
     )
     def test_a_question_of_an_image_that_was_left_out(self, project, table, more):
-        rows = [{"image_id": name, "x1": 0.0, "y1": 0.0, "x2": 9.0, "y2": 9.0, "suite": "toys", **more} for name in "aab"]
+        rows = [{"image_id": name, "suite": "toys", **more} for name in "aab"]
         write_dataset("d", "photos", [record("a"), record("b")], [], source="folder", **{table: rows})
         assert getattr(load_dataset("d"), table).to_dict("records") == rows
         message = rf"d, of the source 'folder': 1 rows of the table {table} .* row 2 \(suite 'toys', image_id 'b'\).*leave out"

@@ -3,6 +3,7 @@
 import random
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ class FakeStore:
     def __init__(self, vectors, seed=0, context_length=100, lengths=None):
         self.vectors, self.seed, self.context_length, self.given = vectors, seed, context_length, lengths or {}
         self.seconds, self.folder, self.patch_count = 0.0, None, 4
+        self.clip = SimpleNamespace(pooling=None)
 
     def vector(self, text, tokens=None):
         words = text.split()[: min(tokens or self.context_length, self.context_length) - 2]
@@ -44,7 +46,7 @@ class FakeStore:
     def add_texts(self, wanted, name=""):
         pass
 
-    def lacks(self, file, box, sentences):
+    def lacks(self, file, box, sentences, patches=False):
         return False
 
 
@@ -62,6 +64,9 @@ def settings(**changes) -> EvaluateConfig:
         "patch_ks": [1, 3],
         "truncation": [5, 8],
         "dropped": 0.5,
+        "conditioned_on": ["long", "short"],
+        "rerank": 3,
+        "score_block": 4,
         "seed": 0,
         "batch_size": 4,
         "bootstrap_samples": 50,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from fast_goal.model.clip import Clip, build_scratch
 
 CPU = torch.device("cpu")
 CLASSES = {"names": ["red", "blue", "old {tree}"], "templates": ["A {} thing.", "{}", "It is {}."]}
+SEGMENTS = {**CLASSES, "values": [4, 7, 300], "ignored": [0, 255]}
 SIZES = [(96, 64), (64, 96), (64, 64), (150, 60), (64, 64), (80, 64), (64, 70)]
 
 
@@ -73,6 +75,31 @@ def with_choices(dataset: Dataset) -> Dataset:
     labels = pd.DataFrame({**ids, "suite": ["few"] * 4, "label": ["red", "blue", "red", "blue"]})
     classes = {"few": CLASSES, "unused": {"names": [], "templates": []}}
     return dataclasses.replace(dataset, choices=choices, labels=labels, classes=classes)
+
+
+def with_masks(dataset: Dataset) -> Dataset:
+    """Masks of 16 bits with the suite `few` for all squares but image 3, and for image 0 one of another suite."""
+    draw, rows = np.random.default_rng(0), []
+    (dataset.root / "masks").mkdir()
+    for index, record in enumerate(dataset.records.itertuples()):
+        coarse = draw.integers(0, 5, (record.height // 8 + 1, record.width // 8 + 1))
+        mask = np.array([0, 4, 7, 300, 255], dtype=np.uint16)[coarse].repeat(8, 0).repeat(8, 1)
+        masks = {"few": mask[: record.height, : record.width]} if index != 3 else {}
+        if index == 0:
+            masks["one"] = np.full((record.height, record.width), 1, np.uint8)
+        for suite, numbers in masks.items():
+            content, path = png(numbers), f"masks/{index}-{suite}.png"
+            (dataset.root / path).write_bytes(content)
+            rows.append((record.image_id, suite, path, hashlib.sha256(content).hexdigest()))
+    table = pd.DataFrame(rows, columns=["image_id", "suite", "mask_path", "content_hash"])
+    one = {"names": ["thing", "nothing"], "values": [1, 2], "ignored": [], "templates": ["{}"]}
+    return dataclasses.replace(dataset, masks=table, segments={"few": SEGMENTS, "one": one})
+
+
+def png(pixels: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
 
 
 class Recording:

@@ -44,7 +44,8 @@ def everything(store, files):
     cut, _ = store.texts(TEXTS, 12)
     images = store.images(files)
     crops = store.images(files, [(2, 3, 40, 50)] * len(files))
-    return [texts, torch.from_numpy(lengths), cut, images, crops, store.similarities(files, sentences)]
+    similarities, patches = store.similarities(files, sentences), store.tokens(files)
+    return [texts, torch.from_numpy(lengths), cut, images, crops, similarities, patches, store.queries(TEXTS, 12)]
 
 
 def same(one, other):
@@ -82,6 +83,51 @@ def test_images_crops_and_patches_are_those_of_one_by_one_encoding(clip, files):
         torch.testing.assert_close(similarity, expected, atol=1e-5, rtol=0)
 
 
+@torch.inference_mode()
+def test_tokens_and_queries_are_those_of_one_by_one_encoding(clip, files):
+    store = store_of(None, clip, 4)
+    patches = store.tokens(files)
+    assert patches.shape == (6, 16, 16) and patches.dtype == torch.float32
+    for row, file in enumerate(files):
+        image = open_image(file.path)
+        tokens = clip(images=clip.view(*image.size).apply(image)[None]).image_tokens
+        torch.testing.assert_close(patches[row], clip.project_patches(tokens)[0], atol=1e-5, rtol=1e-5)
+    whole, cut = store.queries(TEXTS), store.queries(TEXTS, 12)
+    for row, text in enumerate(TEXTS):
+        expected = clip(tokens=tokenize([text], 77)[0]).text_queries[0]
+        torch.testing.assert_close(whole[row], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(cut[row], clip(tokens=tokenize([text], 12)[0]).text_queries[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.nn.functional.normalize(whole, dim=1), store.texts(TEXTS)[0], atol=1e-6, rtol=0)
+
+
+def test_patches_are_kept_where_asked_for_and_come_in_the_same_pass(clip, files, tmp_path):
+    other = Recording(tiny_clip(1, context_length=77))
+    stores = [store_of(tmp_path, model) for model in (clip, other)]
+    sentences = [(row, TEXTS[0]) for row in range(len(files))]
+    embed_images(stores, files, [(0, (0, 0, 9, 9))], sentences, patches=[stores[1]])
+    cold = stores[1].tokens(files[1:4])
+    stores[1].images(files)
+    stores[1].similarities(files, sentences)
+    stores[1].queries([TEXTS[0]])
+    assert (len(clip.images), len(other.images)) == (7, 7), "six images and a crop"
+    assert len(other.texts) == 1
+    assert not list((stores[0].folder / "tokens").glob("*")) and list((stores[1].folder / "tokens").glob("*"))
+    again = Recording(tiny_clip(1, context_length=77))
+    assert torch.equal(store_of(tmp_path, again).tokens(files[1:4]), cold) and not again.images
+    clip.images.clear()
+    stores[0].tokens(files[:2])
+    assert len(clip.images) == 2, "an image that was there without its patches is shown once more"
+
+
+def test_shards_of_patches_are_smaller(clip, files, tmp_path, monkeypatch):
+    cold = store_of(None, clip).tokens(files)
+    monkeypatch.setattr(features, "SHARD_NUMBERS", 3 * 16 * 16)
+    store = store_of(tmp_path, clip)
+    assert FeatureTable(None, 16 * 16).shard_rows == 3 and FeatureTable(None, 10**9).shard_rows == 1
+    assert torch.equal(store.tokens(files), cold)
+    assert torch.equal(store_of(tmp_path, clip).tokens(files[::-1]), cold.flip(0))
+
+
 def test_a_second_run_reads_the_same_bits_and_computes_nothing(clip, files, tmp_path):
     cold = everything(store_of(tmp_path, clip), files)
     again = Recording(tiny_clip(context_length=77))
@@ -113,8 +159,9 @@ def test_everything_is_computed_once(clip, files):
     cut = sum(len(ids) == 12 for ids in clip.texts)
     long = sum(int(length) > 12 for length in tokenize(TEXTS, 77)[1])
     assert (len(clip.texts) - cut, cut) == (40, long), "what 12 tokens hold is the whole text"
-    # the second sentences of `everything` came later than the images: each image once more, and never for its feature
-    assert len(set(clip.images)) == 12 and len(clip.images) == 18
+    # the second sentences of `everything` came later than the images, and the patches later than these: each image once more
+    # for either, and never for its feature
+    assert len(set(clip.images)) == 12 and len(clip.images) == 24
 
 
 def test_the_same_picture_under_two_names_is_one(clip, files, tmp_path):
@@ -279,7 +326,7 @@ def test_features_that_are_not_finite_are_refused_and_not_kept(tmp_path, files):
     with torch.no_grad():
         broken.model.text_projection[:] = torch.nan
         broken.model.visual.proj[:] = torch.nan
-    for ask in (lambda store: store.texts(TEXTS), lambda store: store.images(files)):
+    for ask in (lambda store: store.texts(TEXTS), lambda store: store.images(files), lambda store: store.tokens(files)):
         with pytest.raises(ModelError, match="NaN or infinity"):
             ask(store_of(tmp_path, broken))
     assert not list(tmp_path.glob("*/texts/*.npy")) and not list(tmp_path.glob("*/images/*.npy"))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from fast_goal.configure import check, compose
-from fast_goal.evaluation.published import FAST_GOAL, Recipe, beside, recipe_of, results
+from fast_goal.evaluation.published import FAST_GOAL, Recipe, beside, place, recipe_of, results
 
 ROWS = {
     ("III", "long captions"): 96,
@@ -28,6 +28,7 @@ ROWS = {
     ("DeGLA", "SugarCrepe"): 7,
     ("DeGLA", "VALSE"): 11,
     ("DeGLA", "zero-shot classification"): 5,
+    ("FLAIR", "README"): 16,
 }
 BASE = Recipe("CLIP")
 DEGLA = Recipe("CLIP", ("mscoco",), "degla", batch_sizes=(256,), epochs=(5,))
@@ -63,6 +64,8 @@ def test_every_table_is_complete():
         ("DeGLA", "COCO-Order", "CE-CLIP", "all", "accuracy", 80.9),
         ("DeGLA", "SugarCrepe", "DeGLA", "swap_att", "accuracy", 82.1),
         ("DeGLA", "ImageNet", "CLIP", "all", "accuracy", 57.9),
+        ("FLAIR", "Flickr30k", "FLAIR Merged30M", "image_to_text", "R@1", 94.7),
+        ("FLAIR", "COCO val2017", "FLAIR CC3M", "text_to_image", "R@1", 37.7),
     ],
 )
 def test_some_numbers(table, dataset, method, direction, metric, value):
@@ -105,6 +108,21 @@ def test_the_base_stands_beside_clip():
     assert long_captions(model=model, task="sentence_average")[:3] == (39.0, "XV", "CLIP sentence-avg")
     found = long_captions(model=model, task="localisation", direction="sentence_to_patch", metric="hit@10")
     assert found == (57.78, "XVI", "CLIP", "which boxes and sentences the paper took is not known to us")
+
+
+def test_flairs_numbers_stand_beside_its_conditioned_scores_alone():
+    overrides = ["experiment=demo_flair", "base.model=ViT-B-16", "finetune.epochs=32"]
+    run = params(*overrides)
+    model = replace(recipe_of(run, "finetuned"), trained_on=("cc12m",))
+    assert (model.objective, model.regions, model.pairs) == ("flair", "", ""), "it has no local pairs"
+    given = {"model": model, "dataset": "flickr30k", "images": 1000, "captions": 5000}
+    found = long_captions(**given, task="conditioned")
+    assert found[:3] == (75.4, "FLAIR", "FLAIR CC12M") and place(found) == "FLAIR's README, FLAIR CC12M"
+    assert "1,014" in found.words
+    assert long_captions(**given, task="short").value is None
+    assert "not MSCOCO" not in long_captions(**(given | {"dataset": "mscoco", "images": 5000}), task="conditioned").words
+    tuned = replace(model, weights="CLIP")
+    assert "starts from CLIP" in long_captions(**(given | {"model": tuned}), task="conditioned").words
 
 
 def test_a_model_of_the_paper_can_be_named():

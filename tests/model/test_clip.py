@@ -386,3 +386,23 @@ def test_other_interpolation_is_refused(clip, tmp_path):
     model = write_local(tmp_path / "base", clip.config, {"interpolation": "bilinear"}, clip.model.state_dict())
     with pytest.raises(ModelError, match="does not resize bicubically"):
         load_pretrained(model, None, 100)
+
+
+def test_a_pooling_is_saved_and_brought_along(tmp_path):
+    made = build_scratch(ScratchConfig(**TINY), seed=3)
+    made.add_pooling(2, seed=5)
+    made.save(tmp_path / "pooled", {})
+    started = load_pretrained(f"local-dir:{tmp_path / 'pooled'}", None, 100)
+    for again in (Clip.load(tmp_path / "pooled"), started):
+        assert again.pooling.pooling.heads == 2
+        for name, value in made.pooling.state_dict().items():
+            assert torch.equal(again.pooling.state_dict()[name], value), name
+    (tmp_path / "pooled" / "pooling.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ModelError, match=r"pooling\.safetensors cannot be loaded"):
+        Clip.load(tmp_path / "pooled")
+
+
+def test_heads_that_do_not_divide_the_width():
+    made = build_scratch(ScratchConfig(**TINY), seed=3)
+    with pytest.raises(ConfigError, match="heads = 5"):
+        made.add_pooling(5)

@@ -135,6 +135,73 @@ def test_onnx_embeds_the_same(tmp_path: Path, kind: tuple):
         sessions["text"].run(None, {"input_ids": too_long})
 
 
+def pooled(*kind: object) -> Clip:
+    """With text-conditioned pooling of which no weight or bias stays what it is made with."""
+    clip = make(*kind)
+    clip.add_pooling(3, seed=4)
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        for value in clip.pooling.parameters():
+            value.data += 0.3 * torch.randn_like(value)
+    return clip.eval()
+
+
+@pytest.mark.parametrize("kind", [GELU, QUICK], ids=["gelu77", "quick248"])
+def test_onnx_scores_images_as_texts_see_them_the_same(tmp_path: Path, kind: tuple):
+    clip = pooled(*kind)
+    differences = export(clip, tmp_path / "onnx", "onnx")
+    assert set(differences) == {"image", "text", "pooling"} and max(differences.values()) <= 1e-4
+    pixels = torch.stack([clip.view(*image.size).apply(image) for image in pictures(clip.image_size)])
+    tokens = tokenize(TEXTS, clip.context_length)[0]
+    image, text, pooling = (
+        onnxruntime.InferenceSession(tmp_path / "onnx" / f"{part}.onnx") for part in ("image", "text", "pooling")
+    )
+    features, patches = image.run(["image_features", "patches"], {"pixel_values": pixels.numpy()})
+    units, queries = text.run(["text_features", "queries"], {"input_ids": tokens.numpy()})
+    with torch.no_grad():
+        encoded = clip(images=pixels, tokens=tokens)
+        close(torch.from_numpy(features), encoded.image_features)
+        close(torch.from_numpy(units), encoded.text_features)
+        close(torch.from_numpy(queries), encoded.text_queries, atol=1e-3)
+        close(torch.from_numpy(patches), clip.project_patches(encoded.image_tokens), atol=1e-3)
+        # one image with one text, by torch's own attention
+        head, wanted = clip.pooling.pooling, torch.zeros(len(pixels), len(TEXTS))
+        for i, one in enumerate(clip.project_patches(encoded.image_tokens)):
+            for j, query in enumerate(encoded.text_queries):
+                rows = head.norm_query(query)[None, None], head.norm_key(one)[None], head.norm_value(one)[None]
+                seen = head.attention(*rows, need_weights=True)[0][0, 0]
+                wanted[i, j] = torch.cosine_similarity(seen, query, dim=0)
+    (all_texts,) = pooling.run(["pooled_features"], {"patches": patches, "queries": queries[None]})
+    close(torch.from_numpy(np.einsum("btd,td->bt", all_texts, units)), wanted)
+    own = np.stack([queries[[1, 2]], queries[[0, 3]]])  # other texts for each image
+    (some,) = pooling.run(["pooled_features"], {"patches": patches[:2], "queries": own})
+    np.testing.assert_allclose(some, np.stack([all_texts[0, [1, 2]], all_texts[1, [0, 3]]]), atol=1e-5)
+    assert wanted.std(dim=1).min() > 0.01  # so that the agreement is worth something
+
+
+def test_the_export_of_a_pooling_is_checked_and_told_of(tmp_path: Path, monkeypatch):
+    clip = pooled(*GELU)
+    export(clip, tmp_path / "hf", "huggingface")
+    facts = json.loads((tmp_path / "hf" / "export.json").read_text())
+    assert facts["pooling"]["exported"] is False and "embeds without it" in facts["pooling"]["note"]
+    export(clip, tmp_path / "onnx", "onnx")
+    facts = json.loads((tmp_path / "onnx" / "export.json").read_text())
+    assert facts["pooling"]["heads"] == 3 and facts["pooling"]["exported"] is True
+    assert facts["pooling"]["logit_scale"] == pytest.approx(float(clip.pooling.logit_scale.exp()))
+    assert facts["pooling"]["logit_bias"] == pytest.approx(float(clip.pooling.logit_bias))
+
+    def without_zeros(*arguments):
+        graph = pooling_graph(*arguments)
+        graph.initializers["zero_logit"] = onnx.numpy_helper.from_array(np.zeros(8, np.int64), "zero_logit")
+        graph.initializers["index_-1"] = onnx.numpy_helper.from_array(np.array([2**31]), "index_-1")
+        return graph
+
+    pooling_graph = module._pooling_graph
+    monkeypatch.setattr(module, "_pooling_graph", without_zeros)
+    with pytest.raises(ModelError, match=r"embedding \(pooling\) .* differs by"):
+        export(clip, tmp_path / "out", "onnx")
+
+
 def test_the_export_says_what_its_reader_must_know(tmp_path: Path):
     export(make(*QUICK), tmp_path / "onnx", "onnx")
     facts = json.loads((tmp_path / "onnx" / "export.json").read_text())

@@ -81,6 +81,105 @@ def test_scores_are_the_cosines_of_images_with_texts(clip):
     np.testing.assert_allclose(np.array(made["scores"].tolist()), image_features @ text_features.T, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def pooled():
+    """The model with a text-conditioned pooling that is far from what it starts as."""
+    made = tiny_clip(0).eval()
+    made.add_pooling(4, seed=3)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(8)
+        for value in made.pooling.parameters():
+            value += 0.3 * torch.randn_like(value)
+    return made.eval()
+
+
+TEXTS = ["a red kite", "a blue field with a tree", "word " * 400, "a", "grey"]
+COLORS = ["red", "green", "blue", "white"]
+
+
+def compared(texts=TEXTS, colors=COLORS):
+    """Rows of texts and pictures, by turns."""
+    rows = [row for text, color in zip(texts, colors, strict=False) for row in ({"text": text}, {"image": picture(color)})]
+    return pd.DataFrame([*rows, *({"text": text} for text in texts[len(colors) :])])
+
+
+def asked_one_by_one(clip, texts=TEXTS, colors=COLORS):
+    """The cosine of every text with every image as the text pools it, by torch's own attention: [images, texts]."""
+    head, wanted = clip.pooling.pooling, torch.zeros(len(colors), len(texts))
+    with torch.no_grad():
+        for i, color in enumerate(colors):
+            image = open_image("", picture(color))
+            patches = clip.project_patches(clip(images=clip.view(*image.size).apply(image)[None]).image_tokens)
+            for j, text in enumerate(texts):
+                query = clip(tokens=tokenize([text], clip.context_length)[0]).text_queries
+                rows = head.norm_query(query)[None], head.norm_key(patches), head.norm_value(patches)
+                wanted[i, j] = torch.cosine_similarity(head.attention(*rows)[0][0], query)
+    return wanted.numpy()
+
+
+def test_conditioned_scores_are_those_of_one_text_and_one_image_at_a_time(pooled):
+    made, warnings = Embedder(pooled).answer(compared(), {"output": "scores", "mode": "conditioned"})
+    assert made["row"].tolist() == [1, 3, 5, 7] and made["text_rows"].tolist() == [[0, 2, 4, 6, 8]] * 4
+    wanted = asked_one_by_one(pooled)
+    np.testing.assert_allclose(np.array(made["scores"].tolist()), wanted, atol=1e-5)
+    assert wanted.std(axis=0).min() > 1e-3 and warnings[0].startswith("1 of 5 texts")
+    plain = Embedder(pooled).predict(compared(), {"output": "scores"})
+    np.testing.assert_array_equal(
+        np.array(Embedder(pooled).predict(compared(), {"output": "scores", "mode": "global"})["scores"].tolist()),
+        np.array(plain["scores"].tolist()),
+    )
+    assert abs(np.array(plain["scores"].tolist()) - wanted).max() > 0.05
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 4, 200])
+def test_rerank_scores_the_best_of_each_text_and_of_each_image(pooled, top_k):
+    embedder = Embedder(pooled)
+    cosines = np.array(embedder.predict(compared(), {"output": "scores"})["scores"].tolist())
+    wanted = asked_one_by_one(pooled)
+    scores = embedder.predict(compared(), {"output": "scores", "mode": "rerank", "top_k": top_k})["scores"].tolist()
+    for i, row in enumerate(scores):
+        for j, score in enumerate(row):
+            better_texts, better_images = (cosines[i] > cosines[i, j]).sum(), (cosines[:, j] > cosines[i, j]).sum()
+            if better_texts < top_k or better_images < top_k:
+                assert score == pytest.approx(wanted[i, j], abs=1e-5)
+            else:
+                assert score is None
+    assert (top_k > 3) == all(score is not None for row in scores for score in row)
+
+
+def test_scores_do_not_depend_on_the_batch(pooled, monkeypatch):
+    params = [{"output": "scores", "mode": mode, "top_k": 2} for mode in ("global", "conditioned", "rerank")]
+    frame = compared([f"{text} {number}" for number in range(3) for text in ("a kite", "wide", "by the sea", "x")], COLORS)
+    before = [Embedder(pooled).predict(frame, one)["scores"].tolist() for one in params]
+    monkeypatch.setattr("fast_goal.tracking.pyfunc.BATCH_SIZE", 3)
+    for one, wanted in zip(params, before, strict=True):
+        found = Embedder(pooled).predict(frame, one)["scores"].tolist()
+        np.testing.assert_allclose(np.array(found, float), np.array(wanted, float), atol=1e-5)  # None becomes NaN
+
+
+@pytest.mark.parametrize(
+    ("params", "reason"),
+    [
+        ({"output": "scores", "mode": "reranked"}, r"params\.mode = 'reranked': expected global, conditioned or rerank"),
+        ({"mode": "conditioned"}, r"params\.mode = 'conditioned' compares images with texts: set output = 'scores'"),
+        ({"output": "scores", "mode": "rerank", "top_k": 0}, r"params\.top_k = '0': expected a whole number, at least 1"),
+        ({"output": "scores", "mode": "rerank", "top_k": 2.5}, r"params\.top_k = '2\.5'"),
+        ({"output": "scores", "top_k": True}, r"params\.top_k = 'True'"),
+        ({"output": "scores", "mode": ["rerank"]}, r"params\.mode = "),
+    ],
+)
+def test_parameters_that_there_are_not(pooled, params, reason):
+    with pytest.raises(DataError, match=reason):
+        Embedder(pooled).predict(compared(), params)
+
+
+def test_a_model_without_a_pooling_has_one_mode(clip, pooled):
+    assert Embedder(clip).modes == ["global"] and Embedder(pooled).modes == ["global", "conditioned", "rerank"]
+    for mode in ("conditioned", "rerank"):
+        with pytest.raises(DataError, match=rf"'{mode}': this model has no text-conditioned pooling.*only mode is 'global'"):
+            Embedder(clip).predict(compared(), {"output": "scores", "mode": mode})
+
+
 def test_scores_need_both_sides_and_outputs_have_names(clip):
     embedder = Embedder(clip)
     for rows in ({"text": ["a"]}, {"image": [picture()]}):
@@ -94,7 +193,7 @@ def test_the_signature_names_every_column_and_the_parameter():
     made = signature()
     assert made.inputs.input_names() == ["text", "image", "image_path", "image_url"]
     assert not any(column.required for column in made.inputs)
-    assert {one.name: one.default for one in made.params} == {"output": "embedding"}
+    assert {one.name: one.default for one in made.params} == {"output": "embedding", "mode": "global", "top_k": 128}
 
 
 def test_nothing_is_read_unless_the_operator_says_so(clip, root, monkeypatch):

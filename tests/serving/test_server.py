@@ -193,8 +193,9 @@ def test_wrong_rows_get_the_reason(server, project):
         ({"inputs": {"text": "a"}}, "object of lists"),
         ({"inputs": {"text": ["a"], "image": []}}, "different lengths"),
         ({"inputs": {"text": ["a"]}, "params": {"output": "cosines"}}, "expected embedding or scores"),
-        ({"inputs": {"text": ["a"]}, "params": {"outputs": "scores"}}, "`output` alone"),
-        ({"inputs": {"text": ["a"]}, "params": [1]}, "`output` alone"),
+        ({"inputs": {"text": ["a"]}, "params": {"outputs": "scores"}}, "some of output, mode, top_k and nothing else"),
+        ({"inputs": {"text": ["a"]}, "params": [1]}, "some of output, mode, top_k and nothing else"),
+        ({"inputs": {"text": ["a"]}, "params": {"output": "scores", "mode": "conditioned"}}, "has no text-conditioned pooling"),
         ({"inputs": {"text": ["a"]}, "params": {"output": "scores"}}, "at least one of each"),
     ],
 )

@@ -32,23 +32,32 @@ def tiny_clip(seed: int, context_length: int = 248) -> Clip:
 
 
 def write_scenes(
-    name: str, count: int = 12, truth: bool = True, folder: Path = Path("data/records"), choices: bool = False
+    name: str,
+    count: int = 12,
+    truth: bool = True,
+    folder: Path = Path("data/records"),
+    choices: bool = False,
+    masks: bool = False,
 ) -> None:
     """Images of two squares; the caption of every third one is longer than 77 tokens, every fourth has no short caption.
 
-    choices: of captions with the colours or the places swapped, and the colours of the squares as classes."""
+    choices: of captions with the colours or the places swapped, and the colours of the squares as classes. masks: of the
+    colours.
+    """
     generator = np.random.default_rng(0)
     root = Path("data/datasets") / name
     root.mkdir(parents=True)
-    rows, boxes, asked, labels = [], [], [], []
+    rows, boxes, asked, labels, segmented = [], [], [], [], []
     for index in range(count):
         colours = generator.permutation(list(COLOURS))[:2].tolist()
         places = generator.permutation(list(PLACES))[:2].tolist()
         pixels = np.full((SIDE, SIDE, 3), 120, np.uint8)
+        numbers = np.full((SIDE, SIDE), 255, np.uint8)
         caption, image_id = "Two squares on grey.", f"{name}-{index:03d}"
         for sentence, (colour, place) in enumerate(zip(colours, places, strict=True), start=1):
             x, y = (PLACES[place][0] * 48 + 8, PLACES[place][1] * 48 + 8)
             pixels[y : y + 32, x : x + 32] = COLOURS[colour]
+            numbers[y : y + 32, x : x + 32] = list(COLOURS).index(colour)
             text = f"A {colour} square is in the {place} corner" + (", far from the others" * 8 if index % 3 == 0 else "") + "."
             start = len(caption) + 1
             caption = f"{caption} {text}"
@@ -64,6 +73,11 @@ def write_scenes(
         asked.append({**whole, "group": "swap_colours", "caption": own, "foils": [colours_swapped]})
         asked.append({**whole, "group": "tie", "caption": own, "foils": [colours_swapped, own]})
         Image.fromarray(pixels).save(root / f"{index}.png")
+        if masks:
+            path = root / f"mask-{index}.png"
+            Image.fromarray(numbers).save(path)
+            found = {"mask_path": path.name, "content_hash": hashlib.sha256(path.read_bytes()).hexdigest()}
+            segmented.append({"image_id": image_id, "suite": "square_colours", **found})
         rows.append(
             {
                 "image_id": image_id,
@@ -80,6 +94,9 @@ def write_scenes(
     known = [{**box, "label": "square"} for box in boxes] if truth else None
     classes = {"scenes_colours": {"names": list(COLOURS), "templates": ["A {} square.", "Something {}."]}}
     more = {"choices": asked, "labels": labels, "classes": classes} if choices else {}
+    if masks:
+        segments = {**classes["scenes_colours"], "values": list(range(len(COLOURS))), "ignored": [255]}
+        more |= {"masks": segmented, "segments": {"square_colours": segments}}
     write_dataset(name, root, rows, [], truth=known, source="squares", folder=folder, **more)
     captions = {row["image_id"]: row["long_caption"] for row in rows}
     pairs = [
@@ -97,11 +114,13 @@ def write_scenes(
     write_table(Path("data/flism") / name / "pairs.parquet", pairs, PAIRS)
 
 
-def write_models(view: str = "crop") -> None:
-    """Writes both models; `view` is how the fine-tuned one sees images."""
+def write_models(view: str = "crop", heads: int | None = None) -> None:
+    """Writes both models; `view` is how the fine-tuned one sees images, `heads` those of its pooling, None: it has none."""
     tiny_clip(0).save(Path("models/base/clip"), {"step": "base"})
     tuned = tiny_clip(1)
     tuned.view_mode = view
+    if heads is not None:
+        tuned.add_pooling(heads)
     tuned.save(Path("models/finetune"), {"step": "finetune"})
     history = [
         {"step": step, "epoch": 1 + step // 6, "loss": 5 / step, "global": 3 / step, "tsl_image": 1 / step}

@@ -113,6 +113,15 @@ def test_an_objective_without_local_pairs():
     assert "local pairs" not in advice.advise(settings("objective=global"), PLENTY)
 
 
+def test_sub_captions():
+    text = advice.advise(settings("objective=flair"), PLENTY)
+    assert "sub-captions per caption: 8, of 77 tokens (a guess)" in text and "local pairs" not in text
+    captions = ["One. Two words. Three words more. And four.", "A dog. A cat. A horse.", ""]
+    # start, end, and of the longest caption the two longest sentences: four and three tokens with their stops
+    assert advice._longest_part(captions, 2, 77) == 2 + 4 + 3
+    assert advice._longest_part(captions, 2, 6) == 6 and advice._longest_part(captions, 9, 77) == 2 + 2 + 3 + 4 + 3
+
+
 def test_hard_negatives_and_the_teacher():
     some = settings("objective=degla", "negatives=rules", "negatives.per_caption=3")
     text = advice.advise(some, PLENTY)

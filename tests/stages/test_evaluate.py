@@ -89,9 +89,11 @@ def test_every_task_is_measured(evaluated):
     folder, track = evaluated
     metrics = json.loads((folder / "metrics.json").read_text())
     tasks = params().evaluate.tasks
-    assert set(metrics["scenes"]) == {*tasks, "images", "independent", "seconds", "skipped"}
-    assert metrics["scenes"]["skipped"] == {}
-    assert metrics["photos"]["skipped"] == {"composition": "captions to choose from", "zero_shot": "labels"}
+    lacking = {"segmentation": "masks", "conditioned": "a model with text-conditioned pooling"}
+    lacking = {task: reason for task, reason in lacking.items() if task in tasks}
+    assert set(metrics["scenes"]) == {*tasks, "images", "independent", "seconds", "skipped"} - set(lacking)
+    assert metrics["scenes"]["skipped"] == lacking
+    assert metrics["photos"]["skipped"] == {**lacking, "composition": "captions to choose from", "zero_shot": "labels"}
     assert set(metrics["photos"]) == set(metrics["scenes"]) - {"composition", "zero_shot"}
     scenes = metrics["scenes"]
     for task in ("sentence_average", "robustness", "shuffled", "dropped"):
@@ -168,6 +170,27 @@ def test_only_the_tasks_asked_for_are_run(tmp_path, monkeypatch):
     assert "localisation" not in text.split("## Parameters")[0].lower() and "bf16, compared in float32" in text
     with pytest.raises(ConfigError, match=r"evaluate\.tasks\[0\] = 'one_shot': expected one of 'long', 'short'"):
         params("evaluate.tasks=[one_shot]")
+
+
+def test_a_model_with_a_pooling_and_images_with_masks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_scenes("photos", count=6, masks=True)
+    write_models(heads=4)
+    track = Recorder()
+    asked = [task for task in params().evaluate.tasks if task in ("long", "localisation", "segmentation", "conditioned")]
+    evaluate.main(params("evaluate.datasets=[photos]", f"evaluate.tasks=[{','.join(asked)}]"), track)
+    folder = Path("models/reports")
+    assert json.loads((folder / "metrics.json").read_text())["photos"]["skipped"] == {}
+    kinds = ("attention", "words", "segmentation_square_colours")
+    text = (folder / "report.md").read_text()
+    for kind in kinds:
+        assert (folder / f"photos_{kind}.png").stat().st_size > 5000 and f"](photos_{kind}.png)" in text
+    assert "By the attention of the fine-tuned model's pooling instead" in text
+    assert "### Zero-shot semantic segmentation: square_colours" in text and "\n| white | " in text
+    assert ("### Asked by the text" in text) == ("conditioned" in asked)
+    assert "photos.localisation.attention.hit1" in track.heads and "photos.segmentation.square_colours.base.mIoU" in track.heads
+    rows = list(csv.DictReader((folder / "localisation.csv").open()))
+    assert {row["model"] for row in rows} == {"base", "finetuned", "attention", "chance"}
 
 
 def test_the_report_says_what_the_numbers_say(evaluated):

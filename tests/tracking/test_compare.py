@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
@@ -14,8 +15,9 @@ from fast_goal.config import Params, build
 from fast_goal.configure import compose
 from fast_goal.data.records import Dataset
 from fast_goal.errors import FastGoalError
+from fast_goal.evaluation.headline import MODES
 from fast_goal.operations import compare
-from fast_goal.tracking.lookup import read_runs
+from fast_goal.tracking.lookup import Recorded, read_runs
 from fast_goal.tracking.runs import step_run
 from fast_goal.tracking.server import connect
 
@@ -110,7 +112,7 @@ def test_only_what_differs_is_printed(ids):
     assert "seed" not in names and "dropped" not in names and "system/" not in names and "commit" not in names
     everything = invoke("latest~2", "latest~1", "--all")
     assert "finetune.system/cpu" in everything and "\nseed " in everything and "\ncommit " in everything
-    assert "\x1b" not in everything and max(map(len, everything.splitlines())) < 400, "plain where it is piped"
+    assert "\x1b" not in everything and max(map(len, everything.splitlines())) < 600, "plain where it is piped"
 
 
 def test_worse_and_better_and_three_runs(ids):
@@ -137,10 +139,73 @@ def test_worse_and_better_and_three_runs(ids):
         ("finetune.samples_per_second", "higher"),
         ("finetune.final_loss", "lower"),
         ("finetune.epoch", None),
+        ("finetune.tcs", "lower"),
+        ("scenes.segmentation.scenes_shapes.finetuned.mIoU", "higher"),
+        ("scenes.composition.scenes_sentences.finetuned.macro", "higher"),
+        ("scenes.conditioned.long.finetuned.global.text_to_image.R1", "higher"),
+        ("scenes.conditioned.long.seconds_per_query.global", "lower"),
     ],
 )
 def test_which_of_two_values_is_better(metric, better):
     assert compare.direction(metric) == better
+
+
+def recorded(name, objective, params, metrics):
+    started = datetime(2026, 1, 2, tzinfo=UTC)
+    own = {"objective.name": objective, **params}
+    return Recorded(name * 8, name, "FINISHED", started, 60.0, own, metrics, {}, {})
+
+
+METHODS = [
+    recorded(
+        "a", "global", {"objective.weights.global": "1"}, {"s.long.finetuned.text_to_image.R1": 40.0, "finetune.loss": 1.0}
+    ),
+    recorded(
+        "b",
+        "fast_goal",
+        {"objective.weights.global": "1", "objective.weights.local": "0.5"},
+        {"s.long.finetuned.text_to_image.R1": 42.0, "finetune.loss": 2.0, "finetune.tsl_image": 0.25},
+    ),
+    recorded(
+        "c",
+        "flair",
+        {"objective.heads": "8"},
+        {
+            "s.long.finetuned.text_to_image.R1": 41.0,
+            "finetune.loss": 9.0,
+            "finetune.tcs": 0.5,
+            "s.conditioned.long.finetuned.global.text_to_image.R1": 41.0,
+            "s.conditioned.long.finetuned.conditioned.text_to_image.R1": 50.0,
+            "s.conditioned.long.finetuned.rerank.text_to_image.R1": 49.0,
+        },
+    ),
+]
+
+
+def test_three_methods_read_side_by_side():
+    """The modes of the one that has them beside the others' only one; what some lack in tables of its own."""
+    text = compare.as_markdown(compare.compare(METHODS))
+    tables = {part.splitlines()[0]: part.splitlines()[2:] for part in text.split("## ")[1:]}
+    assert "| objective | global | fast_goal | flair |" in tables["Runs"]
+    modes = ["a (aaaaaaaa) global", "b (bbbbbbbb) global", *(f"c (cccccccc) {mode}" for mode in MODES)]
+    assert tables["Ways of asking"] == [
+        f"|  | {' | '.join(modes)} |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| s.long.text_to_image.R1 | 40 | 42 | 41 | 50 | 49 |",
+        "",
+    ]
+    assert "| s.long.finetuned.text_to_image.R1 | 40 | 42 | +2 better | 41 | +1 better |" in tables["Metrics"]
+    assert "| objective.heads | - | - | 8 |" in tables["Parameters that not every run has"]
+    some = tables["Metrics that not every run has"]
+    assert "| finetune.tsl_image | - | 0.25 | - |" in some and "| finetune.tcs | - | - | 0.5 |" in some
+    assert not any("conditioned" in line for line in some), "they have a table of their own"
+    found = json.loads(compare.as_json(compare.compare(METHODS)))
+    assert found["about"]["objective"] == ["global", "fast_goal", "flair"]
+    assert found["metrics"]["s.conditioned.long.finetuned.rerank.text_to_image.R1"]["values"] == [None, None, 49.0]
+
+
+def test_without_a_pooling_there_are_no_ways_of_asking():
+    assert "Ways of asking" not in compare.as_text(compare.compare(METHODS[:2]))
 
 
 def test_one_run_is_not_enough(ids):

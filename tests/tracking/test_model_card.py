@@ -93,3 +93,19 @@ def test_card_names_the_parts_of_a_sum_and_the_hard_negatives():
     assert "`degla` (global 1, igc 0.1, tgc 0.1, distillation 0.005)" in card("experiment=demo_degla")
     assert "Hard negatives" not in card() and "found by FLISM (regions: both, best 1 per image)." in card()
     assert "FLISM" not in card("experiment=demo_degla", "flism.splits=[]").split("## Data")[0]
+
+
+def test_card_says_how_to_ask_a_pooling():
+    params = build(Params, compose(["experiment=demo_flair"]), "params.yaml")
+    card = model_card(params, [], METRICS, {}, heads=8)
+    for text in (
+        "## Text-conditioned pooling",
+        "a pooling of 8 heads (FLAIR, `pooling.safetensors`)",
+        'params={"output": "scores", "mode": "conditioned"}',
+        "`rerank`: `conditioned` only for the best `top_k` (128)",
+        "with the objective `flair` (tcs 0.5, mps 0.5)",
+        "8 sub-captions of each caption and epoch, of 1 to 3 sentences, 50 % of them in a row.",
+    ):
+        assert text in card
+    plain = model_card(build(Params, compose(["experiment=demo"]), "params.yaml"), [], METRICS, {})
+    assert "pooling" not in plain and "sub-captions" not in plain

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from flair_settings import flair_config
 from PIL import Image
 
 from fast_goal.config import ScratchConfig
@@ -116,6 +117,14 @@ def make_negatives() -> Callable[..., pd.DataFrame]:
         return pd.DataFrame(rows).assign(type="replace_adjectives", generator="test", seed=0)
 
     return make
+
+
+@pytest.fixture
+def flair():
+    """Makes the objective for the tiny CLIP, with changes of its settings."""
+    from fast_goal.objectives import make_objective
+
+    return lambda **changes: make_objective(flair_config(**changes))
 
 
 @pytest.fixture

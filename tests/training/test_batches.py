@@ -19,6 +19,7 @@ from fast_goal.data import images as images_module
 from fast_goal.data.captions import tokenize
 from fast_goal.data.images import View, normalised
 from fast_goal.errors import ConfigError, DataError, FastGoalError
+from fast_goal.objectives import Plain
 from fast_goal.training import views as views_module
 from fast_goal.training.batches import Loader, PairDataset, pair_dataset
 from fast_goal.training.distributed import Group
@@ -66,7 +67,7 @@ def test_the_settings_reach_the_samples(make_scenes, tiny_clip, tmp_path, monkey
     dataset, pairs = make_scenes()
     second = pairs.assign(rank=2, x1=0.0, weight=0.5)
     pairs = pd.concat([pairs.assign(weight=0.5), second])
-    needs = SimpleNamespace(needs_local=True, needs_pooled=True, needs_negatives=False, alignment="goal")
+    needs = SimpleNamespace(needs_local=True, needs_pooled=True, needs_negatives=False, alignment="goal", sub_captions=None)
     cpu = torch.device("cpu")
 
     def made(objective=needs, **changes):
@@ -77,7 +78,7 @@ def test_the_settings_reach_the_samples(make_scenes, tiny_clip, tmp_path, monkey
     assert same(batch, PairDataset(dataset, "train", pairs, tiny_clip(), alignment="goal", group=Group(1, 2))[[4, 2, 1, 0]])
     assert same(made(pixel_cache=True)[[4, 2, 1, 0]], batch) and len(list(Path(".fast_goal/pixels").glob("*.views"))) == 2
     assert made(pairs="all")[[4, 2, 1, 0]].rank_pairs == (4, 4)
-    plain = SimpleNamespace(needs_local=False, needs_pooled=False, needs_negatives=False, alignment="exact")
+    plain = Plain()
     assert made(plain).counts.keys().isdisjoint({"pairs", "negatives"})
     assert made(scaled_decoding=True).views.scaled and not made().views.scaled
     with pytest.raises(ConfigError, match=r"finetune\.decode = 'gpu' needs a CUDA device"):

@@ -12,9 +12,11 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from flair_settings import flair_config
 from test_loop import CONFIG, WEIGHTS, fast_goal
 
 from fast_goal.errors import ConfigError, FastGoalError
+from fast_goal.objectives import make_objective
 from fast_goal.training import distributed, loop
 from fast_goal.training.batches import Loader, PairDataset
 from fast_goal.training.checkpoint import states
@@ -177,6 +179,48 @@ def test_what_the_objective_does_not_look_at_stays(make_scenes, make_negatives, 
             stays = tower == still or (tower == "both" and scale_stays)
             if stays or value.ndim != 1:  # a bias of 0 does not decay
                 assert torch.equal(value, start[name]) == stays, (case, name)
+
+
+def test_two_processes_draw_and_learn_as_one(make_scenes, tiny_clip, flair, tmp_path, monkeypatch):
+    """The first gradient, and the weights after several steps, of the towers and of the pooling."""
+    monkeypatch.setenv("HAPPENS", "SGD")
+    monkeypatch.setattr(
+        loop, "make_optimizer", lambda groups, rate, decay, *_: torch.optim.SGD(groups, rate, 0.9, weight_decay=decay)
+    )
+    dataset, pairs = make_scenes()
+    pairs = pairs.drop([4, 7])
+    config = replace(CONFIG, epochs=1, batch_size=6, learning_rate=2e-3, weight_decay=0.5, head_rate=2.0)
+    fine = {"name": "fast_goal", "weights": WEIGHTS, "target_matrix": "diagonal", "in_image_negatives": None}
+    parts = {
+        "parts": {"objective": flair_config(count=2), "weight": 1.0},
+        "fine": {"objective": {**fine, "alignment": "exact"}, "weight": 1.0},
+    }
+    cases = {
+        "flair": (flair(), {}),
+        "in parts": (flair(), {"accumulate": 2, "gradient_clip": 5.0}),
+        "positives alone": (flair(tcs=0.0), {}),
+        "beside fast_goal": (make_objective({"name": "weighted", "parts": parts}), {"accumulate": 2, "ema": 0.5}),
+        "frozen": (flair(), {"freeze": ["image"], "accumulate": 3}),
+        "bf16": (flair(), {"precision": "bf16"}),
+    }
+    jobs = [(dataset, pairs, tiny_clip(), objective, replace(config, **settings)) for objective, settings in cases.values()]
+    shared = several_jobs(tmp_path, jobs)
+    for (case, (objective, settings)), ranks in zip(cases.items(), shared, strict=True):
+        (tmp_path / case).mkdir()
+        whole, alone = tiny_clip(), replace(config, **settings | {"accumulate": 1})
+        gradient = one_process(tmp_path / case, dataset, pairs, whole, objective, alone, monkeypatch)
+        assert ("pooling.pooling.attention.in_proj_weight" in gradient) == (case != "positives alone")
+        tolerance = 3e-2 if case == "bf16" else 1e-4
+        for found, weights in ranks:
+            assert found.keys() == gradient.keys(), case
+            for name, value in gradient.items():
+                largest = max(1.0, value.abs().max().item())
+                assert (found[name] - value).abs().max().item() <= tolerance * largest, (case, name)
+            for name, value in whole.state_dict().items():
+                assert torch.equal(weights[name], ranks[0][1][name]), (case, name)
+                torch.testing.assert_close(
+                    weights[name], value, atol=tolerance, rtol=0, msg=lambda text, at=(case, name): f"{at}: {text}"
+                )
 
 
 def taught(folder, case, cases):

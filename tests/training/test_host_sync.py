@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from flair_settings import flair_config
 from test_step import fast_goal
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,7 +13,7 @@ from fast_goal.objectives import make_objective
 from fast_goal.training.average import Average
 from fast_goal.training.batches import PairDataset
 from fast_goal.training.schedule import make_optimizer
-from fast_goal.training.step import TrainStep
+from fast_goal.training.step import TrainStep, fit_pooling
 
 # Operators whose result, or its shape, is read by the host.
 WAITING = {
@@ -102,18 +103,17 @@ def test_what_waits_in_the_backward_pass_is_noticed():
     assert "_local_scalar_dense" in syncs(lambda: Reads.apply(torch.ones(2, requires_grad=True)).sum().backward())
 
 
+FAST_GOAL = {
+    "name": "fast_goal",
+    "weights": {"global": 1.0, "local": 0.5, "tsl_image": 1.0, "tsl_text": 1.0},
+    "target_matrix": "identity",
+    "in_image_negatives": 0.5,
+    "alignment": "goal",
+}
 OBJECTIVES = {
     "fast_goal": fast_goal(),
     "global": fast_goal(local=0.0, tsl_image=0.0, tsl_text=0.0),
-    "identity": make_objective(
-        {
-            "name": "fast_goal",
-            "weights": {"global": 1.0, "local": 0.5, "tsl_image": 1.0, "tsl_text": 1.0},
-            "target_matrix": "identity",
-            "in_image_negatives": 0.5,
-            "alignment": "goal",
-        }
-    ),
+    "identity": make_objective(FAST_GOAL),
 }
 
 
@@ -127,6 +127,17 @@ OBJECTIVES["degla"] = make_objective(
     }
 )
 
+OBJECTIVES["flair"] = make_objective(flair_config())
+OBJECTIVES["flair_fast_goal"] = make_objective(
+    {
+        "name": "weighted",
+        "parts": {
+            "flair": {"weight": 1.0, "objective": flair_config()},
+            "fast_goal": {"weight": 1.0, "objective": FAST_GOAL},
+        },
+    }
+)
+
 
 def trained(make_scenes, make_negatives, clip, objective, parts, device, pairs_of=None, **settings):
     """A step, with that of the teacher, as a function, after one that made the optimiser's state."""
@@ -134,7 +145,8 @@ def trained(make_scenes, make_negatives, clip, objective, parts, device, pairs_o
     pairs = pairs.drop([4, 7]) if pairs_of is None else pairs[pairs.image_id.isin(pairs_of)]
     needs = {"local": objective.needs_local, "alignment": objective.alignment}
     negatives = make_negatives(dataset) if objective.needs_negatives else None
-    samples = PairDataset(dataset, "train", pairs, clip, **needs, negatives=negatives)
+    samples = PairDataset(dataset, "train", pairs, clip, **needs, negatives=negatives, sub_captions=objective.sub_captions)
+    fit_pooling(clip, objective)
     batches = [samples[[7, 1, 4, 2, 5]], samples[[0, 3, 4, 9, 7]]]
     optimizer, decay = make_optimizer(clip.to(device).parameters(), 1e-3, 0.1), objective.teacher_decay
     teacher = None if decay is None else Average(clip, decay, from_start=True)
@@ -158,6 +170,7 @@ def trained(make_scenes, make_negatives, clip, objective, parts, device, pairs_o
         ("fast_goal", 3, {"gradient_clip": 1.0, "max_logit_scale": 100.0, "dtype": torch.bfloat16}),
         ("identity", 1, {"dtype": torch.bfloat16}),
         ("degla", 3, {"dtype": torch.bfloat16}),
+        ("flair", 3, {"dtype": torch.bfloat16, "gradient_clip": 1.0}),
         ("fast_goal", 2, {"pairs_of": []}),
     ],
 )

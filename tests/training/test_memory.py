@@ -9,15 +9,18 @@ import torch
 from test_loop import CONFIG, GLOBAL, fast_goal
 from torch.profiler import ProfilerActivity, profile
 
-from fast_goal.model.clip import build_scratch
-from fast_goal.objectives import given
+from fast_goal.errors import ConfigError
+from fast_goal.model.clip import build_scratch, saved_structure
+from fast_goal.objectives import Features, given
 from fast_goal.training.batches import Batch
 from fast_goal.training.memory import Float32Norm, Inputs, Plan, StepMemory, encoding_peak, fake, fake_batch, objective_peak
 from fast_goal.training.schedule import make_optimizer
-from fast_goal.training.step import ENCODED, TrainStep, batch_features
+from fast_goal.training.step import DRAWN as OF_SUB_CAPTIONS
+from fast_goal.training.step import ENCODED, TrainStep, batch_features, fit_pooling
 
 INPUTS = Inputs(caption_tokens=40, sentence_tokens=12, pairs=1)
 HARD = INPUTS._replace(negative_tokens=38, negatives=2)
+DRAWN = INPUTS._replace(pairs=0, sub_tokens=12, sub_captions=3)
 SAMPLES = 384  # the embedding's gradient, which a fake tensor adds up less sparingly, is small beside their activations
 PLAIN = Plan(bf16=False, checkpointing=False, accumulate=1)
 
@@ -36,22 +39,26 @@ def memory(fake_clip):
 
 
 def real_batch(clip, count: int, inputs: Inputs = INPUTS, device: str = "cpu") -> Batch:
-    size = clip.image_size
+    size, pairs, drawn = clip.image_size, count * inputs.pairs, {}
+    if inputs.sub_captions:
+        drawn["sub_tokens"] = torch.randint(1, 1000, (count * inputs.sub_captions, inputs.sub_tokens))
+        drawn["sub_choices"] = torch.randint(inputs.sub_captions, (count, count))
     batch = Batch(
-        images=torch.randint(0, 256, (2 * count, 3, size, size), dtype=torch.uint8),
+        images=torch.randint(0, 256, ((1 + inputs.pairs) * count, 3, size, size), dtype=torch.uint8),
         caption_tokens=torch.randint(1, 1000, (count, inputs.caption_tokens)),
-        sentence_tokens=torch.randint(1, 1000, (count, inputs.sentence_tokens)),
-        local_rows=torch.arange(count),
-        boxes=torch.tensor([[0.0, 0.0, 20.0, 20.0]]).repeat(count, 1),
-        spans=torch.tensor([[1, 5]]).repeat(count, 1),
-        regions=torch.zeros(count, 4),
-        local_weights=torch.ones(count),
-        rank_pairs=(count,),
+        sentence_tokens=torch.randint(1, 1000, (pairs, inputs.sentence_tokens)),
+        local_rows=torch.arange(pairs),
+        boxes=torch.tensor([[0.0, 0.0, 20.0, 20.0]]).repeat(pairs, 1),
+        spans=torch.tensor([[1, 5]]).repeat(pairs, 1),
+        regions=torch.zeros(pairs, 4),
+        local_weights=torch.ones(pairs),
+        rank_pairs=(pairs,),
         negative_tokens=torch.randint(1, 1000, (count * inputs.negatives, inputs.negative_tokens)),
         negative_rows=torch.arange(count).repeat_interleave(inputs.negatives),
         negative_slots=torch.arange(inputs.negatives).repeat(count),
         negative_count=inputs.negatives,
         rank_negatives=(count * inputs.negatives,),
+        **drawn,
     )
     return batch.to(torch.device(device))
 
@@ -125,11 +132,11 @@ def test_the_objective_grows_with_the_square_of_the_batch(fake_clip):
     first, second, third = (objective_peak(clip, objective, count, 1)[0] for count in (1024, 2048, 4096))
     assert 3 < second / first < 4 < third / second * 1.1
     dim = clip.embed_dim
-    leaves = {name: torch.rand(1024, dim).requires_grad_() for name in ENCODED if name != "text_negatives"}
+    leaves = {
+        name: torch.rand(1024, dim).requires_grad_() for name in ENCODED if name not in ("text_negatives", *OF_SUB_CAPTIONS)
+    }
 
     def run() -> None:
-        from fast_goal.objectives import Features
-
         rest = {name: torch.ones(1024) for name in ("region_weight", "sentence_weight", "local_weight")}
         rows, scale = torch.arange(1024), torch.ones((), requires_grad=True)
         objective(Features(**leaves, **rest, local_rows=rows, local_boxes=torch.ones(1024, 4), scale=scale))["loss"].backward()
@@ -163,6 +170,63 @@ def test_negatives_and_teacher_are_counted(fake_clip, degla):
     texts = encoding_peak(fake_clip, fake_batch(fake_clip, HARD._replace(pairs=0), 128), False, False, negatives=True)
     assert hard.activations - plain.activations >= 0.9 * (texts - text) / 2 > 0
     assert taught.fixed - hard.fixed == plain.weights and taught.activations > hard.activations
+
+
+def test_the_estimate_of_sub_captions_is_what_the_allocator_hands_out(tiny_clip, make_scratch_config):
+    inputs, clip = DRAWN, tiny_clip(DRAWN.caption_tokens).train()
+    for parameter in clip.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    batch = real_batch(clip, SAMPLES, inputs)
+
+    def run() -> None:
+        backward(batch_features(clip, batch, pooled=False, captions=False))
+
+    fresh = fake(build_scratch, make_scratch_config(), inputs.caption_tokens)
+    estimate = encoding_peak(fresh, fake_batch(fresh, inputs, SAMPLES), False, False, pooled=False, captions=False)
+    assert estimate == pytest.approx(allocated(run), rel=0.05)
+
+
+def test_the_objective_of_a_pooling_is_what_the_allocator_hands_out(fake_clip, tiny_clip, flair):
+    objective, clip, patches = flair(), tiny_clip(), 16
+    StepMemory(fake_clip, objective, CONFIG, DRAWN)  # gives it a pooling
+    fit_pooling(clip, objective)
+    counts = {"image_global": (192,), "patches": (192, patches), "sub_queries": (192, 3)}
+    leaves = {name: torch.rand(*sizes, clip.embed_dim).requires_grad_() for name, sizes in counts.items()}
+    chosen = torch.zeros(192, 192, dtype=torch.int64)
+
+    def run() -> None:
+        objective(Features(**leaves, sub_choices=chosen, pooling=clip.pooling, scale=torch.ones(())))["loss"].backward()
+
+    own = sum(value.numel() for value in leaves.values()) * 4 + chosen.numel() * 8
+    estimate, held = objective_peak(fake_clip, objective, 192, 0, sub_captions=3)
+    # attention without autograd's fused kernel keeps its weights on the CPU, which a GPU does not
+    assert estimate - own == pytest.approx(allocated(run), rel=0.15)
+    assert held >= 2 * 4 * sum(value.numel() for value in leaves.values())
+    assert objective_peak(fake_clip, objective, 192, 0, sub_captions=3, world=4)[0] < estimate / 2
+    assert all(parameter.grad is None for parameter in fake_clip.parameters())
+
+
+def test_sub_captions_and_the_pooling_are_counted(fake_clip, memory, flair):
+    plain = memory(objective=fast_goal(GLOBAL)).need(PLAIN, 64)
+    steps = StepMemory(fake_clip, flair(), CONFIG, DRAWN)
+    need = steps.need(PLAIN, 64)
+    head = sum(parameter.numel() for parameter in fake_clip.pooling.parameters())
+    assert need.weights - plain.weights == 4 * head and need.optimizer - plain.optimizer == 8 * head
+    # of the choices there is one for each two samples; the bytes are those of a batch of 64
+    assert need.inputs - plain.inputs == 64 * (3 * 12 + 64) * 8
+    assert steps.need(Plan(False, False, 4), 64).activations < need.activations
+
+
+def test_a_saved_pooling_is_that_of_the_estimate(fake_clip, tiny_clip, flair, tmp_path):
+    clip = tiny_clip(INPUTS.caption_tokens)
+    fit_pooling(clip, flair())
+    clip.save(tmp_path / "model", {})
+    saved = fake(saved_structure, tmp_path / "model")
+    assert saved.pooling.pooling.heads == 4
+    needs = [StepMemory(one, flair(), CONFIG, DRAWN).need(PLAIN, 64) for one in (saved, fake_clip)]
+    assert needs[0] == needs[1]
+    with pytest.raises(ConfigError, match="heads = 2, but the pooling"):
+        StepMemory(saved, flair(heads=2), CONFIG, DRAWN)
 
 
 def test_more_samples_need_more(memory):

@@ -9,7 +9,7 @@ import torch
 
 from fast_goal.errors import ConfigError
 from fast_goal.model.tokens import masked_mean
-from fast_goal.objectives import make_objective
+from fast_goal.objectives import Plain, make_objective
 from fast_goal.training import step
 from fast_goal.training.batches import PairDataset
 from fast_goal.training.schedule import make_optimizer, parameter_groups, set_rate
@@ -86,10 +86,11 @@ def test_parts_without_a_share_in_the_loss(samples, tiny_clip, term):
 
 @pytest.mark.parametrize("parts", [1, 3])
 def test_tokens_are_pooled_only_for_who_looks_at_them(samples, tiny_clip, monkeypatch, parts):
-    class Pooling:
+    class Pooling(Plain):
+        needs_pooled = True
+
         def __init__(self, objective):
-            self.objective, self.needs_pooled = objective, True
-            self.needs_negatives, self.teacher_decay = False, None
+            self.objective = objective
 
         def __call__(self, features):
             assert features.region is not None and features.sentence_weight is not None

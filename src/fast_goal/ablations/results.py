@@ -78,7 +78,7 @@ def gather(table: Table, runs: Sequence[Measured], arms: Sequence[str], about: l
 
 def lookup(report: Mapping[str, Any], finetune: Mapping[str, Any], dataset: str, row: Row, column: Column) -> float | None:
     """The number of a cell in one run, None where it has none."""
-    path = column.path.format(model=row.model, task=row.task)
+    path = column.path_of(row)
     if path.startswith(FINETUNE):
         found: Any = finetune if row.model == "finetuned" else {}
         path = path.removeprefix(FINETUNE)
@@ -86,7 +86,7 @@ def lookup(report: Mapping[str, Any], finetune: Mapping[str, Any], dataset: str,
         found = report.get(dataset, {})
     for part in path.split("/"):
         found = found.get(part) if isinstance(found, Mapping) else None
-    return float(found) if isinstance(found, int | float) else None
+    return column.scale * found if isinstance(found, int | float) else None
 
 
 def write(result: Result, folder: Path) -> list[Path]:
@@ -195,11 +195,14 @@ def _cell(table: Table, row: Row, column: Column, dataset: str, runs: Sequence[M
 def _paper(table: Table, row: Row, column: Column, dataset: str, run: Measured) -> tuple[float | None, str]:
     """The paper's number of a cell, with what to mind; or None and why there is none. Times and the like have neither; of a
     suite that has none it is not said why, since most columns are of suites that are not the table's."""
-    parts = column.path.format(model=row.model, task=row.task).split("/")
-    if column.path.startswith(FINETUNE):
+    path = column.path_of(row)
+    if path.startswith(FINETUNE):
         return None, ""
+    parts = path.split("/")
     task, metric, direction = parts[0], parts[-1], parts[-2]
     about = run.report[dataset].get(task, {})
+    if task == "conditioned":  # the published numbers are of short captions and of this mode
+        about = about.get("short", {}) if parts[1] == "short" and row.mode == task else {}
     if task in SUITES:
         suite, *group = (part for part in parts[1:-1] if part not in (row.model, "groups"))
         about = about.get(suite, {})

@@ -169,13 +169,15 @@ class Study:
         """The numbers of every finished run and what it is, by its name."""
         found = {}
         for place, run in self._done.items():
-            row = tables.Row("", run.arm, "finetuned", "long")
+            modes = [row for row in self.asked.table.rows if row.arm == run.arm and row.mode]
             metrics = {}
             for dataset in (key for key, value in run.report.items() if isinstance(value, Mapping)):
-                for column in self.asked.table.columns:
-                    value = results.lookup(run.report, run.finetune, dataset, row, column)
-                    if value is not None:
-                        metrics[f"{dataset}.{column.label}".replace("@", "").replace(" ", "_")] = value
+                for row in (tables.Row("", run.arm, "finetuned", "long"), *modes):
+                    for column in self.asked.table.columns:
+                        value = results.lookup(run.report, run.finetune, dataset, row, column)
+                        if value is not None:
+                            name = ".".join(part for part in (dataset, row.mode, column.label) if part)
+                            metrics[name.replace("@", "").replace(" ", "_")] = value
             found[self._runs[place].name] = metrics, {"arm": run.arm, "seed": str(run.seed), "table": self.asked.table.name}
         return found
 
@@ -183,11 +185,14 @@ class Study:
         return [arm for arm in self.asked.arms if self.asked.table.arms[arm].equal_compute]
 
     def _first(self) -> list[Run]:
-        """The runs that need no others, one seed after the other: the arms of a seed share its base."""
+        """The runs that need no others. The arms of a seed share its base: one arm of each seed comes first, so that no two runs
+        that go on at once make the same base; then one seed after the other."""
         arms = self.asked.table.arms
         needed = [other for arm in self._timed() for other in (arms[arm].like, arms[arm].equal_compute) if other]
-        wanted = dict.fromkeys(arm for arm in [*self.asked.arms, *needed] if not arms[arm].equal_compute)
-        return [run for seed in self.asked.seeds for arm in wanted for run in self._plan(arm, seed)]
+        wanted = list(dict.fromkeys(arm for arm in [*self.asked.arms, *needed] if not arms[arm].equal_compute))
+        order = [(seed, arm) for arm in wanted[:1] for seed in self.asked.seeds]
+        order += [(seed, arm) for seed in self.asked.seeds for arm in wanted[1:]]
+        return [run for seed, arm in order for run in self._plan(arm, seed)]
 
     def _second(self) -> list[Run]:
         """The runs that are to take as long as others have."""

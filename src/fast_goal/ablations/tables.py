@@ -37,21 +37,30 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A line of the table: one model of one arm, and the task that {task} stands for in the columns."""
+    """A line of the table: one model of one arm, and the task that {task} stands for in the columns. mode: how a model with
+    text-conditioned pooling is asked, for {mode} in the columns; "": as every model is."""
 
     label: str
     arm: str
     model: Literal["base", "finetuned", "chance"]
     task: str
+    mode: Literal["", "global", "conditioned", "rerank"] = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
     """path: of a number in models/reports/metrics.json below the data set, its parts joined by `/`, with {model} and {task};
-    or, after `finetune:`, in models/finetune/metrics.json."""
+    or, after `finetune:`, in models/finetune/metrics.json. by_mode: the path for rows with a mode, with {mode}. "": rows of
+    that kind have none. scale: a factor of the number."""
 
     label: str
-    path: str
+    path: str = ""
+    by_mode: str = ""
+    scale: float = 1.0
+
+    def path_of(self, row: Row) -> str:
+        """Where the number of a row is, "" where it has none."""
+        return (self.by_mode if row.mode else self.path).format(model=row.model, task=row.task, mode=row.mode)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +114,11 @@ def load(name: str, folder: Path = FOLDER) -> Table:
     if rows is None:  # the base, then every arm
         rows = [{"label": "base", "arm": next(iter(arms)), "model": "base"}]
         rows += [{"label": arm["label"], "arm": name} for name, arm in arms.items()]
-    rows = [{"model": "finetuned", "task": "long", **row} for row in rows]
-    columns = [{"label": label, "path": path} for label, path in values["columns"].items()]
+    rows = [{"model": "finetuned", "task": "long", "mode": "", **row} for row in rows]
+    columns = [
+        {"label": label, "path": "", "by_mode": "", "scale": 1.0, **(path if isinstance(path, dict) else {"path": path})}
+        for label, path in values["columns"].items()
+    ]
     filled = {"experiment": "demo", "seeds": [0, 1, 2], "reference": None, **values}
     return build(Table, {**filled, "name": name, "arms": arms, "rows": rows, "columns": columns}, path.name)
 

@@ -3,8 +3,8 @@
 One schema each, here and nowhere else; it is checked when a table is written and when it is read. A data set `NAME`
 is, in `data/records/`: `NAME.parquet` (records), `NAME.json` (where its files are, counts, digest),
 `NAME_skipped.parquet`; `NAME_hashes.parquet` where the images were decoded; where the source knows what is in the
-pictures, `NAME_truth.parquet` and `NAME_objects.parquet`; and, where there are true and false captions to choose from or
-classes to tell apart, `NAME_choices.parquet` and `NAME_labels.parquet`.
+pictures, `NAME_truth.parquet` and `NAME_objects.parquet`; and, where there are true and false captions to choose from,
+classes to tell apart or pixels to be named, `NAME_choices.parquet`, `NAME_labels.parquet` and `NAME_masks.parquet`.
 
 Boxes are float pixels of the original image after its EXIF rotation, x2 and y2 exclusive.
 """
@@ -152,6 +152,16 @@ LABELS = _schema(
         "label": pa.string(),  # one of its names
     },
 )
+MASKS = _schema(
+    "masks",
+    "download",
+    {
+        "image_id": pa.string(),
+        "suite": pa.string(),  # the set of classes, a key of `Dataset.segments`
+        "mask_path": pa.string(),  # relative to the data set's root: a PNG of the image's size, one number for each pixel
+        "content_hash": pa.string(),  # SHA-256 of the file
+    },
+)
 NEGATIVES = _schema(
     "negatives",
     "negatives",
@@ -173,6 +183,7 @@ _SUFFIXES = {
     "hashes": "_hashes",
     "choices": "_choices",
     "labels": "_labels",
+    "masks": "_masks",
 }
 
 
@@ -223,8 +234,10 @@ class Dataset:
     know what is in the pictures, `hashes` where it did not decode the images. `digest` changes with any value of the
     records, the images' content included. `published` counts the samples of the publication's own splits, under its own
     names, before anything was left out; `facts` is what is published about the set (`data.sources.Facts` as a mapping).
-    `choices` and `labels` are None where nothing is to be chosen or classified; `classes` maps each suite of `labels` to the
-    `names` of its classes and the `templates` of their captions, in which {} stands for the name.
+    `choices`, `labels` and `masks` are None where nothing is to be chosen, classified or segmented; `classes` maps each suite
+    of `labels` to the `names` of its classes and the `templates` of their captions, in which {} stands for the name;
+    `segments` each suite of `masks` to the same, the `values` that the pixels of each class have, in the order of the names,
+    and those of pixels that are `ignored`.
     """
 
     name: str
@@ -240,6 +253,8 @@ class Dataset:
     choices: pd.DataFrame | None = None
     labels: pd.DataFrame | None = None
     classes: Mapping[str, Mapping[str, list[str]]] = dataclasses.field(default_factory=dict)
+    masks: pd.DataFrame | None = None
+    segments: Mapping[str, Mapping[str, list[Any]]] = dataclasses.field(default_factory=dict)
 
     def split(self, *names: str) -> pd.DataFrame:
         """The records of the named splits, in the order of the table, numbered from 0. Raises DataError for a word
@@ -266,8 +281,10 @@ def write_dataset(
     hashes: pd.DataFrame | Iterable[Mapping[str, Any]] | None = None,
     choices: pd.DataFrame | Iterable[Mapping[str, Any]] | None = None,
     labels: pd.DataFrame | Iterable[Mapping[str, Any]] | None = None,
+    masks: pd.DataFrame | Iterable[Mapping[str, Any]] | None = None,
     *,
     classes: Mapping[str, Mapping[str, list[str]]] | None = None,
+    segments: Mapping[str, Mapping[str, list[Any]]] | None = None,
     source: str,
     published: Mapping[str, int] | None = None,
     facts: Mapping[str, Any] | None = None,
@@ -276,7 +293,7 @@ def write_dataset(
     """Writes the files of a data set; `<name>.json` comes last and marks it complete.
 
     Raises ConfigError for a name that cannot be a file name or collides with one, DataError for two records with the
-    same image_id, for an unknown split, and for choices or labels of an image that has no record.
+    same image_id, for an unknown split, and for choices, labels or masks of an image that has no record.
     """
     check_name(name)
     frame = _table(rows, RECORDS, f"data set {name}").to_pandas()
@@ -292,6 +309,7 @@ def write_dataset(
     where = f"data set {name}, of the source {source!r}"
     choices = None if choices is None else _of_records(choices, CHOICES, frame["image_id"], where)
     labels = None if labels is None else _of_records(labels, LABELS, frame["image_id"], where)
+    masks = None if masks is None else _of_records(masks, MASKS, frame["image_id"], where)
     paths = _paths(name, folder)
     (folder / f"{name}.json").unlink(missing_ok=True)
     write_table(paths["records"], frame, RECORDS)
@@ -302,6 +320,7 @@ def write_dataset(
         ("hashes", hashes, HASHES),
         ("choices", choices, CHOICES),
         ("labels", labels, LABELS),
+        ("masks", masks, MASKS),
     )
     for table, values, schema in others:
         if values is None:
@@ -318,6 +337,7 @@ def write_dataset(
         "published": dict(published or {}),
         "facts": dict(facts) if facts is not None else None,
         "classes": {suite: dict(values) for suite, values in (classes or {}).items()},
+        "segments": {suite: dict(values) for suite, values in (segments or {}).items()},
     }
     write_json(folder / f"{name}.json", info)
 
@@ -347,6 +367,8 @@ def load_dataset(name: str, folder: Path = RECORDS_FOLDER) -> Dataset:
         choices=read_table(paths["choices"], CHOICES) if paths["choices"].exists() else None,
         labels=read_table(paths["labels"], LABELS) if paths["labels"].exists() else None,
         classes=info.get("classes", {}),
+        masks=read_table(paths["masks"], MASKS) if paths["masks"].exists() else None,
+        segments=info.get("segments", {}),
     )
 
 
@@ -442,7 +464,7 @@ def _of_records(
         raise DataError(
             f"{where}: {int(lost.sum()):,} rows of the table {_name(schema)} are of images without a record, the first is row "
             f"{row} (suite {frame['suite'].iloc[row]!r}, image_id {frame['image_id'].iloc[row]!r}). A source that leaves out "
-            "an image has to leave out its choices and labels."
+            "an image has to leave out its choices, labels and masks."
         )
     return frame
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fast_goal.data.captions import split_sentences
 from fast_goal.data.images import open_image, touched
+from fast_goal.data.masks import MOST
 from fast_goal.data.records import Dataset
 from fast_goal.data.sources.scenes.samples import STYLES, scene_of
 from fast_goal.errors import DataError
@@ -67,13 +68,23 @@ class Labels(NamedTuple):
     classes: Mapping[str, Mapping[str, Sequence[str]]]  # suite -> names, and templates in which {} stands for the name
 
 
+class Masks(NamedTuple):
+    """Images each pixel of which is to be put into one of the classes of a suite."""
+
+    images: np.ndarray  # int64 [M], the row of each; once in a suite
+    suites: np.ndarray  # str objects [M]
+    paths: list[Path]  # [M]
+    contents: list[str]  # [M], SHA-256 of the files
+    segments: Mapping[str, Mapping[str, Sequence[Any]]]  # by suite, see `data.records.Dataset.segments`
+
+
 @dataclass(frozen=True)
 class Questions:
     """What the models are asked about one split; the same for every model.
 
     contents: SHA-256 of each image file, empty where it is not known. scenes: for each image the number of its scene;
     images of one scene (twins that differ in one thing) are no independent evidence. None: each image is one. objects: how
-    many each image shows, None where nobody counted. choices, labels: None where the split has none.
+    many each image shows, None where nobody counted. choices, labels, masks: None where the split has none.
     """
 
     image_ids: list[str]
@@ -87,6 +98,7 @@ class Questions:
     objects: np.ndarray | None = None  # int64 [I]
     choices: Choices | None = None
     labels: Labels | None = None
+    masks: Masks | None = None
 
     @cached_property
     def files(self) -> list[ImageFile]:
@@ -137,7 +149,7 @@ def questions(dataset: Dataset, split: str, pairs: pd.DataFrame | None = None) -
     An image without a long caption is a candidate in long-caption retrieval but asks nothing; so with short ones. The
     boxes are the data set's own truth, or else those of the best FLISM pair of each image (`pairs`), or there are none.
 
-    Raises DataError if the split has no image, and for choices and labels that cannot be asked.
+    Raises DataError if the split has no image, and for choices, labels and masks that cannot be asked.
     """
     records = dataset.split(split).reset_index(drop=True)
     if records.empty:
@@ -175,6 +187,7 @@ def questions(dataset: Dataset, split: str, pairs: pd.DataFrame | None = None) -
         objects=_objects(dataset, records),
         choices=_choices(dataset, records),
         labels=_labels(dataset, records),
+        masks=_masks(dataset, records),
     )
 
 
@@ -284,12 +297,8 @@ def _labels(dataset: Dataset, records: pd.DataFrame) -> Labels | None:
     nothing: Mapping[str, list[str]] = {"names": [], "templates": []}
     classes = {suite: dataset.classes.get(suite, nothing) for suite in mine.suite.unique()}
     for suite, found in classes.items():
-        names, templates = found["names"], found["templates"]
         where = f"data set {dataset.name!r}, classes of {suite!r}"
-        if repeated := [name for name, count in Counter(names).items() if count > 1]:
-            raise DataError(f"{where}: {repeated[0]!r} stands twice among the names; give the two classes different names")
-        if not templates or any("{}" not in template for template in templates):
-            raise DataError(f"{where}: templates {list(templates)}: expected one at least, each with {{}} for the name")
+        names = _checked_names(found, where)
         unknown = mine[(mine.suite == suite) & ~mine.label.isin(names)]
         if len(unknown):
             first = unknown.iloc[0]
@@ -297,6 +306,41 @@ def _labels(dataset: Dataset, records: pd.DataFrame) -> Labels | None:
                 f"{where}: the label {first.label!r} of image_id {first.image_id!r} is none of its {len(names)} names"
             )
     return Labels(_crops(mine, records), _words(mine.suite), _words(mine.label), classes)
+
+
+def _masks(dataset: Dataset, records: pd.DataFrame) -> Masks | None:
+    """The masks of the images of the split, and the classes of their suites."""
+    mine = _asked(dataset, "masks", dataset.masks, records)
+    if mine is None:
+        return None
+    nothing: Mapping[str, list[Any]] = {"names": [], "templates": [], "values": [], "ignored": []}
+    segments = {suite: dataset.segments.get(suite, nothing) for suite in mine.suite.unique()}
+    for suite, found in segments.items():
+        where = f"data set {dataset.name!r}, segments of {suite!r}"
+        names, numbers = _checked_names(found, where), [*found["values"], *found["ignored"]]
+        fit = len(names) == len(found["values"]) and len(set(numbers)) == len(numbers)
+        if not fit or not all(isinstance(number, int) and 0 <= number < MOST for number in numbers):
+            raise DataError(
+                f"{where}: {len(names)} names, values {list(found['values'])[:5]}, ignored {list(found['ignored'])[:5]}: "
+                "expected a number from 0 on for each name, and no number twice"
+            )
+    twice = mine[mine.duplicated(["image_id", "suite"])]
+    if len(twice):
+        first = twice.iloc[0]
+        raise DataError(f"data set {dataset.name!r}: image_id {first.image_id!r} has two masks of the suite {first.suite!r}")
+    rows = mine.image_id.map(pd.Series(records.index, index=records.image_id)).to_numpy(np.int64)
+    paths = [dataset.path(path) for path in mine.mask_path]
+    return Masks(rows, _words(mine.suite), paths, mine.content_hash.tolist(), segments)
+
+
+def _checked_names(found: Mapping[str, Sequence[str]], where: str) -> Sequence[str]:
+    """The names of a suite. Raises DataError for one that stands twice, and for templates that take no name."""
+    names, templates = found["names"], found["templates"]
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise DataError(f"{where}: {repeated[0]!r} stands twice among the names; give the two classes different names")
+    if not templates or any("{}" not in template for template in templates):
+        raise DataError(f"{where}: templates {list(templates)}: expected one at least, each with {{}} for the name")
+    return names
 
 
 def _asked(dataset: Dataset, name: str, table: pd.DataFrame | None, records: pd.DataFrame) -> pd.DataFrame | None:

@@ -5,15 +5,21 @@ Letters: `I` images, `T` captions, `E` examples, `N` patches, `W` width of the v
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from fast_goal.data.images import normalised, open_image
+from fast_goal.data.masks import Numbers
+from fast_goal.evaluation.attention import attention
+from fast_goal.evaluation.classes import class_features
 from fast_goal.evaluation.comparison import CLIP_CONTEXT, MODELS, Study
 from fast_goal.evaluation.embedding import patch_hits, patch_maps
-from fast_goal.evaluation.pictures import Components, Localisation, Mistake, Plane, Point, Retrieval
+from fast_goal.evaluation.patch_pictures import Attention, Box, Look, Segmented
+from fast_goal.evaluation.pictures import SMALL_WORDS, Components, Localisation, Mistake, Plane, Point, Retrieval, plain_words
+from fast_goal.evaluation.segmentation import class_maps, read_truth
 from fast_goal.evaluation.slices import sliced_recall, slices
 from fast_goal.model.inference import arithmetic
 
@@ -22,6 +28,7 @@ SHOWN = 5  # images per query in the retrieval picture
 POINTS = 6  # at most, of the curves by length
 LEAST = 25  # captions behind a point of them, a guess: with fewer the interval says nothing
 PAIRS = 60  # in the embedding map, a guess at how many lines can be told apart
+WORDS = 4  # of a text that ask alone, beside the phrase of the rarest one
 
 
 def retrievals(study: Study, count: int) -> list[Retrieval]:
@@ -67,10 +74,7 @@ def localisations(study: Study, count: int) -> list[Localisation]:
     """Sentences of different images, whose box every model can see."""
     regions = study.asked.regions
     found = {model: patch_hits(store, study.asked) for model, store in study.stores.items()}
-    visible = np.flatnonzero(np.all([hits.patches_inside > 0 for hits in found.values()], axis=0))
-    drawn = np.random.default_rng(SEED).permutation(visible)
-    _, first = np.unique(regions.images[drawn], return_index=True)
-    chosen = drawn[np.sort(first)][:count].tolist()
+    chosen = _regions(study, count)
     maps = {model: patch_maps(store, study.asked, chosen) for model, store in study.stores.items()}
     return [
         Localisation(
@@ -79,6 +83,56 @@ def localisations(study: Study, count: int) -> list[Localisation]:
             hits={model: bool(found[model].first_hits[row] == 1) for model in maps},
         )
         for index, row in enumerate(chosen)
+    ]
+
+
+def attentions(study: Study, count: int) -> list[Attention]:
+    """Texts of different images, where they look by the pooling of the fine-tuned model, and the cosines of both models.
+
+    The texts are sentences whose box every model can see; where none has a box, sentences of the long captions. Beside each
+    text ask alone: its WORDS rarest words in the data set's captions, and the phrase of the rarest (the words next to it, up to
+    one that says nothing). They ask as they stand, in no prompt.
+    """
+    asked, store = study.asked, study.stores["finetuned"]
+    pairs: list[tuple[int, str, np.ndarray | None]] = [
+        (int(asked.regions.images[row]), asked.regions.sentences[row], asked.regions.boxes[row])
+        for row in _regions(study, count)
+    ]
+    if not pairs:
+        generator = np.random.default_rng(SEED)
+        for row in _drawn(np.arange(len(asked.sentences)), count):
+            pairs.append((int(asked.long.images[row]), str(generator.choice(asked.sentences[row])), None))
+    counts = Counter(word for text in asked.long.texts for word in set(plain_words(text)))
+    alone = [_alone(text, counts) for _, text, _ in pairs]
+    store.tokens([asked.files[row] for row, _, _ in pairs])  # all at once
+    store.add_texts([(text, None) for words in alone for text in words])
+    return [
+        Attention(
+            text=text,
+            attention=_attention(study, row, [text], box)[0],
+            similarity={model: _similarity(study, model, row, text, box) for model in MODELS},
+            words=dict(zip(words, _attention(study, row, words, box), strict=True)),
+        )
+        for (row, text, box), words in zip(pairs, alone, strict=True)
+    ]
+
+
+def segmentations(study: Study, suite: str, count: int) -> list[Segmented]:
+    """Images with the true classes of their pixels, and those that each model finds."""
+    masks, files = study.asked.masks, study.asked.files
+    assert masks is not None
+    classes = masks.segments[suite]
+    chosen = _drawn(np.flatnonzero(masks.suites == suite), count)
+    shown = [files[masks.images[row]] for row in chosen]
+    maps = {model: class_maps(study.stores[model], shown, class_features(study, model, classes)) for model in MODELS}
+    numbers = Numbers.of(classes)
+    return [
+        Segmented(
+            image=open_image(file.path),
+            truth=read_truth(masks.paths[row], masks.contents[row], numbers, file.size),
+            found={model: maps[model][place] for model in MODELS},
+        )
+        for place, (row, file) in enumerate(zip(chosen, shown, strict=True))
     ]
 
 
@@ -163,6 +217,49 @@ def principal(values: np.ndarray, count: int) -> tuple[np.ndarray, float]:
     points[:, :kept] = left[:, :kept] * sizes[:kept] * signs
     total = float((sizes**2).sum())
     return points, float((sizes[:kept] ** 2).sum()) / total if total else 0.0
+
+
+def _regions(study: Study, count: int) -> list[int]:
+    """Rows of sentences of different images, whose box every model can see."""
+    hits = [patch_hits(store, study.asked) for store in study.stores.values()]
+    visible = np.flatnonzero(np.all([each.patches_inside > 0 for each in hits], axis=0))
+    drawn = np.random.default_rng(SEED).permutation(visible)
+    _, first = np.unique(study.asked.regions.images[drawn], return_index=True)
+    return drawn[np.sort(first)][:count].tolist()
+
+
+def _attention(study: Study, row: int, texts: Sequence[str], box: np.ndarray | None) -> list[Look]:
+    """Where each text looks in an image by the pooling of the fine-tuned model."""
+    weights = attention(study.stores["finetuned"], [study.asked.files[row]], [(0, text) for text in texts])
+    return [_look(study, "finetuned", row, grid, box) for grid in weights.numpy()]
+
+
+def _similarity(study: Study, model: str, row: int, text: str, box: np.ndarray | None) -> Look:
+    """The cosine of each patch of an image with a text."""
+    grid = study.stores[model].similarities([study.asked.files[row]], [(0, text)])[0].numpy()
+    return _look(study, model, row, grid, box)
+
+
+def _look(study: Study, model: str, row: int, grid: np.ndarray, box: np.ndarray | None) -> Look:
+    """grid [N]; box: in pixels of the original image."""
+    clip, image = study.stores[model].clip, open_image(study.asked.paths[row])
+    view, side = clip.view(*image.size), clip.image_size // clip.patch_size
+    shown: Box | None = None if box is None else tuple(view.boxes(box[None])[0].tolist())
+    return Look(view.pixels(image), grid.reshape(side, side), shown)
+
+
+def _alone(text: str, counts: Counter[str]) -> list[str]:
+    """The phrase of the rarest word of a text, and its WORDS rarest words in their order. counts: captions that have each."""
+    phrases: list[list[str]] = [[]]
+    for word, plain in zip(text.split(), plain_words(text), strict=True):
+        if plain and plain not in SMALL_WORDS:
+            phrases[-1].append(plain)
+        if not plain or plain in SMALL_WORDS or not word[-1].isalnum():  # a comma parts what stands beside it
+            phrases.append([])
+    words = list(dict.fromkeys(word for phrase in phrases for word in phrase))
+    rarest = sorted(words, key=lambda word: counts[word])[:WORDS]
+    phrase = next((" ".join(phrase) for phrase in phrases if rarest and rarest[0] in phrase), "")
+    return list(dict.fromkeys([phrase, *(word for word in words if word in rarest)] if phrase else []))
 
 
 def _drawn(candidates: Sequence[int] | np.ndarray, count: int) -> list[int]:

@@ -50,7 +50,8 @@ def _hit_rows(dataset: str, metrics: Mapping[str, Any], ks: Sequence[int]) -> li
     found = metrics["localisation"]
     return [
         {"dataset": dataset, "k": k, "model": model, "hit": found[model][f"hit@{k}"]}
-        for model in (*MODELS, "chance")
+        for model in (*MODELS, "attention", "chance")
+        if model in found
         for k in ks
     ]
 

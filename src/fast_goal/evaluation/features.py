@@ -8,19 +8,21 @@ which the results of a row do not depend on the other rows (seen on CPUs; a GPU,
 full batches only).
 
 Letters: `I` images, `T` texts, `S` sentences, `B` rows of a batch, `L` tokens, `N` patches, `D` embedding width, `P` side of
-the model's input in pixels, `K` rows of a shard. Features are unit vectors in float32 on the CPU.
+the model's input in pixels, `K` rows of a shard. Features are in float32 on the CPU; those of images and texts are unit
+vectors, patches and queries, which text-conditioned pooling needs, are as projected.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -43,6 +45,7 @@ from fast_goal.progress import Progress
 FOLDER = Path(".fast_goal/features")
 CODE = ("data/captions.py", "data/images.py", "evaluation/features.py", "model/clip.py", "model/inference.py")
 SHARD_ROWS = 1024  # rows computed between two writes, a guess: a kill costs at most the work on these
+SHARD_NUMBERS = 1 << 25  # of a shard of wide rows (all patches of an image), which wait in memory until it is written; a guess
 LENGTH_STEP = 16  # texts are padded to a multiple of so many tokens
 LEAST_ROWS = 8  # of a batch on a CPU; with fewer, its kernels add up in another order
 BATCHES_AHEAD = 3  # decoded while the models are busy; a guess that keeps memory small
@@ -71,6 +74,7 @@ class FeatureTable:
 
     def __init__(self, folder: Path | None, width: int):
         self._folder, self._width = folder, width
+        self.shard_rows = max(1, min(SHARD_ROWS, SHARD_NUMBERS // width))
         self._shards: list[np.ndarray] = []
         self._places: dict[bytes, tuple[int, int]] = {}  # key -> shard, row
         if folder is not None:
@@ -146,13 +150,17 @@ class FeatureStore:
         self.folder = folder / store_key(clip, precision) if folder is not None else None
         if self.folder is not None:
             _remove_unused(self.folder)
-        widths = {"images": clip.embed_dim, "texts": clip.embed_dim, "patches": self.patch_count, "lengths": 1}
-        self._images, self._texts, self._patches, self._lengths = (
-            FeatureTable(self.folder / kind if self.folder else None, width) for kind, width in widths.items()
+        widths = {"images": clip.embed_dim, "texts": clip.embed_dim, "norms": 1, "patches": self.patch_count, "lengths": 1}
+        self._images, self._texts, self._norms, self._patches, self._lengths = (
+            self._table(kind, width) for kind, width in widths.items()
         )
         self._waiting: list[_Waiting] = []
         self._finished: list[tuple[FeatureTable, list[bytes], np.ndarray]] = []
         self.seconds = 0.0  # that the model was at work
+
+    @functools.cached_property
+    def _tokens(self) -> FeatureTable:
+        return self._table("tokens", self.patch_count * self.clip.embed_dim)  # large: looked at only where asked for
 
     @property
     def context_length(self) -> int:
@@ -166,8 +174,13 @@ class FeatureStore:
         """
         self.add_texts([(text, tokens) for text in texts], name)
         lengths = self.lengths(texts)
-        keys = [self._text_key(text, tokens, length) for text, length in zip(texts, lengths.tolist(), strict=True)]
-        return torch.from_numpy(self._texts.read(keys)), lengths
+        return torch.from_numpy(self._texts.read(self._text_keys(texts, tokens, lengths))), lengths
+
+    def queries(self, texts: Sequence[str], tokens: int | None = None, name: str = "features") -> Tensor:
+        """The projected texts [T, D], not normalised: what asks text-conditioned pooling. Computed with their features, so who
+        needs the one has the other; arguments as for `texts`."""
+        features, lengths = self.texts(texts, tokens, name)
+        return features * torch.from_numpy(self._norms.read(self._text_keys(texts, tokens, lengths)))
 
     def images(self, files: Sequence[ImageFile], boxes: Sequence[Box | None] | None = None) -> Tensor:
         """The features [I, D] of the images, or of the part of each in its box (whole pixels of the original).
@@ -177,6 +190,16 @@ class FeatureStore:
         crops = list(enumerate(boxes)) if boxes is not None else [(row, None) for row in range(len(files))]
         embed_images([self], files, crops)
         return torch.from_numpy(self._images.read([_image_key(files[row], box) for row, box in crops]))
+
+    def tokens(self, files: Sequence[ImageFile]) -> Tensor:
+        """The projected patches [I, N, D] of the whole images, row-major, not normalised: what text-conditioned pooling reads.
+
+        They are large (0.4 MB an image of ViT-B/16): have `embed_images` compute those of all images at once, then read some
+        at a time. Raises DataError as `images`.
+        """
+        embed_images([self], files, patches=[self])
+        found = self._tokens.read([_tokens_key(file) for file in files])
+        return torch.from_numpy(found).unflatten(1, (self.patch_count, self.clip.embed_dim))
 
     def similarities(self, files: Sequence[ImageFile], sentences: Sequence[tuple[int, str]]) -> Tensor:
         """The cosine [S, N] of each sentence with every projected patch token of its image; sentences: (row of `files`,
@@ -200,7 +223,7 @@ class FeatureStore:
         groups: dict[int, dict[bytes, tuple[str, int]]] = {}  # padded length -> key -> text, tokens shown
         for (text, tokens), length in zip(wanted, lengths, strict=True):
             key = self._text_key(text, tokens, length)
-            if key not in self._texts:
+            if key not in self._texts or key not in self._norms:
                 shown = min(length, self._limit(tokens))
                 padded = min(self.context_length, -(-shown // LENGTH_STEP) * LENGTH_STEP)
                 groups.setdefault(padded, {})[key] = text, shown
@@ -213,7 +236,10 @@ class FeatureStore:
                     items = list(groups[padded].items())
                     for start in range(0, len(items), self.batch_size):
                         batch = items[start : start + self.batch_size]
-                        self._keep(self._texts, [key for key, _ in batch], self._embed_texts([row for _, row in batch], padded))
+                        keys = [key for key, _ in batch]
+                        features, norms = self._embed_texts([row for _, row in batch], padded)
+                        self._keep(self._texts, keys, features)
+                        self._keep(self._norms, keys, norms)
                         progress.update(len(batch))
             finally:
                 self.flush()
@@ -221,20 +247,26 @@ class FeatureStore:
     def flush(self) -> None:
         """Writes what was computed and not written yet, and forgets what still waits to be computed."""
         finished, self._finished, self._waiting = self._finished, [], []
-        for table in (self._images, self._texts, self._patches):
+        for table in {id(owner): owner for owner, _, _ in finished}.values():
             mine = [(keys, values) for owner, keys, values in finished if owner is table]
-            if mine:
-                table.add([key for keys, _ in mine for key in keys], np.concatenate([values for _, values in mine]))
+            table.add([key for keys, _ in mine for key in keys], np.concatenate([values for _, values in mine]))
 
-    def lacks(self, file: ImageFile, box: Box | None, sentences: Sequence[str]) -> bool:
-        """Whether the image or crop has to be computed, for itself or for its patches' similarity with a sentence."""
+    def lacks(self, file: ImageFile, box: Box | None, sentences: Sequence[str], patches: bool = False) -> bool:
+        """Whether the image or crop has to be computed, for itself, for its patches' similarity with a sentence, or, if
+        `patches`, for these themselves."""
         keys = [_patch_key(file, text) for text in sentences]
-        return _image_key(file, box) not in self._images or any(key not in self._patches for key in keys)
+        return (
+            _image_key(file, box) not in self._images
+            or any(key not in self._patches for key in keys)
+            or (patches and _tokens_key(file) not in self._tokens)
+        )
 
-    def push(self, file: ImageFile, box: Box | None, pixels: np.ndarray, sentences: Sequence[str]) -> None:
+    def push(
+        self, file: ImageFile, box: Box | None, pixels: np.ndarray, sentences: Sequence[str], patches: bool = False
+    ) -> None:
         """Takes an image that the store lacks as uint8 [3, P, P], and computes as soon as a batch is full."""
         lacking = [text for text in sentences if _patch_key(file, text) not in self._patches]
-        self._waiting.append(_Waiting(file, box, pixels, lacking))
+        self._waiting.append(_Waiting(file, box, pixels, lacking, patches and _tokens_key(file) not in self._tokens))
         if len(self._waiting) == self.batch_size:
             self.compute()
 
@@ -253,6 +285,10 @@ class FeatureStore:
             if asked:
                 keys = [_patch_key(batch[row].file, text) for row, text in asked]
                 self._keep(self._patches, keys, self._similarities(encoded.image_tokens, asked).numpy())
+            kept = [row for row, one in enumerate(batch) if one.patches]
+            if kept:
+                patches = finite(self.clip.project_patches(encoded.image_tokens).float().cpu()[kept])
+                self._keep(self._tokens, [_tokens_key(batch[row].file) for row in kept], patches.flatten(1).numpy())
         self.seconds += time.perf_counter() - begin
 
     def _similarities(self, tokens: Tensor, asked: Sequence[tuple[int, str]]) -> Tensor:
@@ -268,17 +304,20 @@ class FeatureStore:
         found = patches @ sentences.to(self.device).double().transpose(1, 2)  # [B, N, most sentences of an image]
         return found.float().cpu()[rows, :, slots]
 
-    def _embed_texts(self, batch: Sequence[tuple[str, int]], padded: int) -> np.ndarray:
-        """Features [B, D] of texts with the number of tokens to show of each, padded to the same length."""
+    def _embed_texts(self, batch: Sequence[tuple[str, int]], padded: int) -> tuple[np.ndarray, np.ndarray]:
+        """Features [B, D] of texts with the number of tokens to show of each, padded to the same length; and the norms [B, 1]
+        that they had."""
         begin = time.perf_counter()
         filled = self._filled(batch)
         tokens = torch.zeros(len(filled), padded, dtype=torch.int64)
         for row, (text, shown) in enumerate(filled):
             tokens[row, :shown] = tokenize([text], shown)[0][0]
         with self._running():
-            features = finite(self.clip(tokens=tokens.to(self.device)).text_features[: len(batch)].float().cpu()).numpy()
+            encoded = self.clip(tokens=tokens.to(self.device))
+            features = finite(encoded.text_features[: len(batch)].float().cpu()).numpy()
+            norms = encoded.text_queries[: len(batch)].float().norm(dim=1, keepdim=True).cpu().numpy()
         self.seconds += time.perf_counter() - begin
-        return features
+        return features, norms
 
     def _filled(self, batch: Sequence) -> list:
         """The batch with its last row repeated up to a size at which no row depends on the others."""
@@ -289,8 +328,11 @@ class FeatureStore:
     def _keep(self, table: FeatureTable, keys: list[bytes], values: np.ndarray) -> None:
         new = np.array([key not in table for key in keys])
         self._finished.append((table, [key for key, fresh in zip(keys, new, strict=True) if fresh], values[new]))
-        if sum(len(kept) for owner, kept, _ in self._finished if owner is table) >= SHARD_ROWS:
+        if sum(len(kept) for owner, kept, _ in self._finished if owner is table) >= table.shard_rows:
             self.flush()
+
+    def _table(self, kind: str, width: int) -> FeatureTable:
+        return FeatureTable(self.folder / kind if self.folder else None, width)
 
     def _running(self) -> AbstractContextManager[None]:
         self.clip.to(self.device).eval()
@@ -298,6 +340,9 @@ class FeatureStore:
 
     def _limit(self, tokens: int | None) -> int:
         return min(tokens or self.context_length, self.context_length)
+
+    def _text_keys(self, texts: Sequence[str], tokens: int | None, lengths: np.ndarray) -> list[bytes]:
+        return [self._text_key(text, tokens, length) for text, length in zip(texts, lengths.tolist(), strict=True)]
 
     def _text_key(self, text: str, tokens: int | None, length: int) -> bytes:
         # a text that is not cut off is the same whatever the limit
@@ -310,6 +355,7 @@ class _Waiting(NamedTuple):
     box: Box | None
     pixels: np.ndarray  # uint8 [3, P, P]
     sentences: list[str]
+    patches: bool  # whether they are kept
 
 
 class _Job(NamedTuple):
@@ -323,14 +369,27 @@ def embed_images(
     crops: Iterable[tuple[int, Box | None]] = (),
     sentences: Iterable[tuple[int, str]] = (),
     name: str = "features",
+    patches: Collection[FeatureStore] = (),
 ) -> None:
-    """Computes what each store lacks: the images and crops (row of `files`, box or None for the whole), and the similarity of
-    sentences (row of `files`, text) with the patches of whole images.
+    """Computes what each store lacks: the images and crops (row of `files`, box or None for the whole), the similarity of
+    sentences (row of `files`, text) with the patches of whole images, and, in the stores named by `patches`, the projected
+    patches of all `files`.
 
     An image is decoded once for all stores and parts, and stores that see it through the same view share the pixels.
     Raises DataError as `FeatureStore.images`.
     """
-    jobs = _lacking(stores, files, crops, sentences)
+    keeping = {id(store) for store in patches}
+
+    def lacks(store: FeatureStore, file: ImageFile, box: Box | None, texts: Sequence[str]) -> bool:
+        return store.lacks(file, box, texts, box is None and id(store) in keeping)
+
+    if keeping:
+        crops = [*crops, *((row, None) for row in range(len(files)))]
+    jobs = [
+        _Job(file, part)
+        for file, parts in _asked(files, crops, sentences)
+        if (part := {box: texts for box, texts in parts.items() if any(lacks(store, file, box, texts) for store in stores)})
+    ]
     if not jobs:
         return
     for store in stores:
@@ -342,8 +401,8 @@ def embed_images(
             for job, shown in _decoded(jobs, clips, checked, BATCHES_AHEAD * max(store.batch_size for store in stores)):
                 for (box, texts), pixels in zip(job.parts.items(), shown, strict=True):
                     for store in stores:
-                        if store.lacks(job.file, box, texts):
-                            store.push(job.file, box, pixels[_view(store)], texts)
+                        if lacks(store, job.file, box, texts):
+                            store.push(job.file, box, pixels[_view(store)], texts, box is None and id(store) in keeping)
                 progress.update()
             for store in stores:
                 store.compute()
@@ -365,23 +424,15 @@ def pixel_box(xyxy: Sequence[float], size: tuple[int, int]) -> Box:
     return x1, y1, x2, y2
 
 
-def _lacking(
-    stores: Sequence[FeatureStore],
-    files: Sequence[ImageFile],
-    crops: Iterable[tuple[int, Box | None]],
-    sentences: Iterable[tuple[int, str]],
-) -> list[_Job]:
-    """What any of the stores lacks, each file once; the same file under two ids is one."""
+def _asked(
+    files: Sequence[ImageFile], crops: Iterable[tuple[int, Box | None]], sentences: Iterable[tuple[int, str]]
+) -> Iterable[_Job]:
+    """What is asked for of each file; the same file under two ids is one."""
     jobs: dict[str, _Job] = {}
     for row, box, texts in [*((row, box, []) for row, box in crops), *((row, None, [text]) for row, text in sentences)]:
         parts = jobs.setdefault(files[row].content, _Job(files[row], {})).parts
         parts.setdefault(box, []).extend(texts)
-    lacking = []
-    for file, parts in jobs.values():
-        part = {box: texts for box, texts in parts.items() if any(store.lacks(file, box, texts) for store in stores)}
-        if part:
-            lacking.append(_Job(file, part))
-    return lacking
+    return jobs.values()
 
 
 def _view(store: FeatureStore) -> tuple[int, str]:
@@ -441,6 +492,10 @@ def _remove_unused(folder: Path) -> None:
 
 def _image_key(file: ImageFile, box: Box | None) -> bytes:
     return _key("image", file.content, "" if box is None else str(box))
+
+
+def _tokens_key(file: ImageFile) -> bytes:
+    return _key("tokens", file.content)
 
 
 def _patch_key(file: ImageFile, sentence: str) -> bytes:

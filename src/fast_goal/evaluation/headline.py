@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 MODELS = ("base", "finetuned")
-SUITES = ("composition", "zero_shot")  # tasks that measure each of several suites by itself
+MODES = ("global", "conditioned", "rerank")  # of asking a model with text-conditioned pooling
+SUITES = ("composition", "zero_shot")  # tasks that measure each of several suites by itself, case by case
 
 
 def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -21,12 +22,21 @@ def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
                         way: {key: recall[way][key] for key in list(recall[way])[:1]} for way in recall
                     }
         if "localisation" in values:
-            for model in (*MODELS, "chance"):
-                found = values["localisation"][model]
-                chosen[f"{name}.localisation.{model}"] = {key: found[key] for key in list(found)[:1]}
+            for part in (*MODELS, "attention", "chance"):
+                found = values["localisation"].get(part, {})
+                chosen[f"{name}.localisation.{part}"] = {key: found[key] for key in list(found)[:1]}
+        for kind, found in values.get("conditioned", {}).items():
+            for mode in MODES:
+                recall = found[mode]
+                chosen[f"{name}.conditioned.{kind}.{mode}"] = {
+                    way: {key: recall[way][key] for key in list(recall[way])[:1]} for way in recall
+                }
         for task, suite, found in suites_of(values):
             for model in MODELS:
                 chosen[f"{name}.{task}.{suite}.{model}"] = {key: found[model][key] for key in list(found["difference"])[:1]}
+        for suite, found in values.get("segmentation", {}).items():
+            for model in MODELS:
+                chosen[f"{name}.segmentation.{suite}.{model}"] = {"mIoU": found[model]["mIoU"]}
     return flatten(chosen)
 
 

@@ -32,10 +32,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 BLUE, ORANGE, GREEN, VERMILLION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#6B6B6B"
-LABELS = {"base": "base", "finetuned": "fine-tuned", "chance": "chance"}
+LABELS = {"base": "base", "finetuned": "fine-tuned", "chance": "chance", "attention": "attention of the pooling"}
 LINES: dict[str, dict[str, Any]] = {
     "base": {"color": ORANGE, "linestyle": "--", "marker": "s"},
     "finetuned": {"color": BLUE, "linestyle": "-", "marker": "o"},
+    "attention": {"color": GREEN, "linestyle": "-.", "marker": "^"},
     "chance": {"color": GREY, "linestyle": ":", "marker": ""},
 }
 DIRECTION_LABELS = {"text_to_image": "text to image", "image_to_text": "image to text"}
@@ -124,20 +125,20 @@ class Point(NamedTuple):
     high: float
 
 
-def _styled(draw: Callable[P, T]) -> Callable[P, T]:
+def styled(draw: Callable[P, T]) -> Callable[P, T]:
     """Draws with STYLE, and leaves matplotlib's own settings as they were."""
 
     @functools.wraps(draw)
-    def styled(*arguments: P.args, **options: P.kwargs) -> T:
+    def drawn(*arguments: P.args, **options: P.kwargs) -> T:
         import matplotlib
 
         with matplotlib.rc_context(STYLE):
             return draw(*arguments, **options)
 
-    return styled
+    return drawn
 
 
-@_styled
+@styled
 def draw_losses(history: Sequence[Mapping[str, Any]], path: Path, stage: str = "") -> bool:
     """Draws the training loss and its unweighted terms over the steps; False, and no picture, if there are none."""
     rows = [row for row in history if "loss" in row]
@@ -145,7 +146,7 @@ def draw_losses(history: Sequence[Mapping[str, Any]], path: Path, stage: str = "
     if not rows:
         return False
     terms.sort(key=lambda name: name != "loss")
-    figure, axes = _figure(1, 1, (8, 4.2))
+    figure, axes = figure_of(1, 1, (8, 4.2))
     for index, name in enumerate(terms):
         steps = [(row["step"], row[name]) for row in rows if name in row]
         axes[0, 0].plot(
@@ -160,18 +161,18 @@ def draw_losses(history: Sequence[Mapping[str, Any]], path: Path, stage: str = "
         title=f"Training loss{stage}: the sum and its unweighted terms", xlabel="step", ylabel="loss", ylim=(0, None)
     )
     axes[0, 0].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    _save(figure, path)
+    save(figure, path)
     return True
 
 
-@_styled
+@styled
 def draw_validation(history: Sequence[Mapping[str, Any]], path: Path, stage: str = "") -> bool:
     """Draws what was measured after each epoch of training; False, and no picture, if nothing was."""
     rows = [row for row in history if "loss" not in row]
     names = [name for name in (rows[0] if rows else {}) if name not in NOT_TERMS]
     if not names:
         return False
-    figure, axes = _figure(1, 1, (8, 3.8))
+    figure, axes = figure_of(1, 1, (8, 3.8))
     for index, name in enumerate(names):
         axes[0, 0].plot(
             [row["epoch"] for row in rows if name in row],
@@ -184,43 +185,45 @@ def draw_validation(history: Sequence[Mapping[str, Any]], path: Path, stage: str
     axes[0, 0].set(title=f"Validation split after each epoch{stage}", xlabel="epoch", ylabel="%")
     axes[0, 0].xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    _save(figure, path)
+    save(figure, path)
     return True
 
 
-@_styled
+@styled
 def draw_recall(metrics: Mapping[str, Any], ks: Sequence[int], name: str, path: Path) -> bool:
     """Draws recall@k of both models and of chance, a panel per caption kind and direction."""
     kinds = [kind for kind in ("long", "short") if kind in metrics]
     if not kinds:
         return False
-    figure, axes = _figure(len(kinds), 2, (9, 0.6 + 3.1 * len(kinds)), sharey=True)
+    figure, axes = figure_of(len(kinds), 2, (9, 0.6 + 3.1 * len(kinds)), sharey=True)
     for row, kind in enumerate(kinds):
         for column, direction in enumerate(DIRECTIONS):
             panel = axes[row, column]
             for model in ("finetuned", "base", "chance"):
                 values = [metrics[kind][model][direction][f"R@{k}"] for k in ks]
                 panel.plot(range(len(ks)), values, label=LABELS[model], **LINES[model])
-            _k_axis(panel, ks, f"{kind} captions, {DIRECTION_LABELS[direction]}", "Recall at k (%)" if column == 0 else "")
+            k_axis(panel, ks, f"{kind} captions, {DIRECTION_LABELS[direction]}", "Recall at k (%)" if column == 0 else "")
     axes[0, 0].legend(frameon=False, loc="best")
     figure.suptitle(f"How often the right one is among the first k ({name})", fontsize=13)
-    _save(figure, path)
+    save(figure, path)
     return True
 
 
-@_styled
+@styled
 def draw_hits(metrics: Mapping[str, Any], ks: Sequence[int], name: str, path: Path) -> None:
     """Draws the share of sentences with one of the k most similar patches in their box."""
-    figure, axes = _figure(1, 1, (6.5, 3.8))
-    for model in ("finetuned", "base", "chance"):
+    figure, axes = figure_of(1, 1, (6.5, 3.8))
+    for model in ("attention", "finetuned", "base", "chance"):
+        if model not in metrics:
+            continue
         axes[0, 0].plot(range(len(ks)), [metrics[model][f"hit@{k}"] for k in ks], label=LABELS[model], **LINES[model])
-    _k_axis(axes[0, 0], ks, f"One of the k best patches lies in the sentence's box ({name})", "Sentences (%)")
+    k_axis(axes[0, 0], ks, f"One of the k best patches lies in the sentence's box ({name})", "Sentences (%)")
     axes[0, 0].set_xlabel("k (patches)")
     axes[0, 0].legend(frameon=False, loc="best")
-    _save(figure, path)
+    save(figure, path)
 
 
-@_styled
+@styled
 def draw_suites(suites: Mapping[str, Mapping[str, Any]], name: str, path: Path) -> None:
     """Draws the accuracy of both models in each group of each suite, a panel per suite with a bar per model.
 
@@ -230,7 +233,7 @@ def draw_suites(suites: Mapping[str, Mapping[str, Any]], name: str, path: Path) 
     shown = {suite: _bars(found) for suite, found in suites.items()}
     heights = [len(bars) + 1.2 for bars in shown.values()]
     ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # of a number that stands on the line of chance
-    figure, axes = _figure(len(shown), 1, (9, 0.9 + 0.42 * sum(heights)), heights=heights)
+    figure, axes = figure_of(len(shown), 1, (9, 0.9 + 0.42 * sum(heights)), heights=heights)
     for panel, (suite, bars) in zip(axes[:, 0], shown.items(), strict=True):
         places = np.arange(len(bars))
         for model, shift, style in (
@@ -253,7 +256,7 @@ def draw_suites(suites: Mapping[str, Mapping[str, Any]], name: str, path: Path) 
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=3)
     figure.suptitle(f"Right answers by group ({name})", fontsize=13)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _bars(found: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -271,14 +274,14 @@ def _bars(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-@_styled
+@styled
 def draw_retrievals(queries: Sequence[Retrieval], path: Path) -> None:
     """Draws for each query its caption, the image described, and the first images of both models.
 
     The right image has a thick blue frame and a tick, a wrong one a thin frame and a cross.
     """
     count = max(len(images) for query in queries for images in query.top.values())
-    figure, axes = _figure(
+    figure, axes = figure_of(
         3 * len(queries),
         count + 3,
         (1.5 * (count + 3.9), 3.75 * len(queries) + 0.4),
@@ -308,10 +311,10 @@ def draw_retrievals(queries: Sequence[Retrieval], path: Path) -> None:
                 for spine in panel.spines.values():
                     spine.set(visible=True, color=colour, linewidth=4 if hit else 0.8)
     figure.suptitle("The images each model finds first for a long caption", fontsize=13)
-    _save(figure, path)
+    save(figure, path)
 
 
-@_styled
+@styled
 def draw_localisations(examples: Sequence[Localisation], path: Path) -> None:
     """Draws for each sentence the image with its box, and each model's patch similarities over it.
 
@@ -321,7 +324,7 @@ def draw_localisations(examples: Sequence[Localisation], path: Path) -> None:
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
-    figure, axes = _figure(len(examples), 4, (10.5, 2.75 * len(examples)), widths=[0.85, 1, 1, 1])
+    figure, axes = figure_of(len(examples), 4, (10.5, 2.75 * len(examples)), widths=[0.85, 1, 1, 1])
     outline = [withStroke(linewidth=3, foreground="black")]
     for row, example in enumerate(examples):
         text, omitted = shorten(example.sentence, 30)
@@ -353,16 +356,16 @@ def draw_localisations(examples: Sequence[Localisation], path: Path) -> None:
             panel.set_title(f"{LABELS[model]}: best patch {word}", fontsize=11)
             panel.set_xlabel(f"cosine {grid.min():.2f} (dark) to {grid.max():.2f} (light)", fontsize=9)
     figure.suptitle("Where the patches are most like the sentence", fontsize=13)
-    _save(figure, path)
+    save(figure, path)
 
 
-@_styled
+@styled
 def draw_mistakes(examples: Sequence[Mistake], path: Path) -> None:
     """Draws for each query its caption and image, and beside them the image found first and its caption.
 
     Bold, coloured and underlined are the words in which a sentence differs from the most similar one of the other caption.
     """
-    figure, axes = _figure(len(examples), 4, (15, 3.0 * len(examples) + 0.4), widths=[2.1, 1, 1, 2.1])
+    figure, axes = figure_of(len(examples), 4, (15, 3.0 * len(examples) + 0.4), widths=[2.1, 1, 1, 2.1])
     for row, example in zip(axes, examples, strict=True):
         for panel in row:
             panel.axis("off")
@@ -377,10 +380,10 @@ def draw_mistakes(examples: Sequence[Mistake], path: Path) -> None:
         row[2].imshow(_square(example.confused))
         row[2].set_title("✗ found first by\nthe fine-tuned model", fontsize=10, color=VERMILLION)
     figure.suptitle("Queries whose image is not found first: the query and its image, then the confused image and its caption")
-    _save(figure, path)
+    save(figure, path)
 
 
-@_styled
+@styled
 def draw_components(found: Mapping[str, Components], path: Path) -> None:
     """Draws a column for each image: as the model sees it, and its patches coloured by their principal components.
 
@@ -399,7 +402,7 @@ def draw_components(found: Mapping[str, Components], path: Path) -> None:
         colours = ((maps - low) / np.where(high > low, high - low, 1)).clip(0, 1)
         rows.append((LABELS[model], f"{100 * found[model].share:.0f} % of the\nvariance", colours))
     count = len(found["base"].images)
-    figure, axes = _figure(len(rows), count + 1, (1.9 * (count + 0.7), 1.95 * len(rows) + 0.4), widths=[0.7, *[1] * count])
+    figure, axes = figure_of(len(rows), count + 1, (1.9 * (count + 0.7), 1.95 * len(rows) + 0.4), widths=[0.7, *[1] * count])
     for line, (label, note, images) in zip(axes, rows, strict=True):
         line[0].axis("off")
         line[0].text(1, 0.5, f"{label}\n{note}".strip(), ha="right", va="center", transform=line[0].transAxes)
@@ -409,13 +412,13 @@ def draw_components(found: Mapping[str, Components], path: Path) -> None:
             panel.grid(False)
             panel.spines[:].set_visible(False)
     figure.suptitle("Patches after the last block: their first three principal components as red, green and blue", fontsize=13)
-    _save(figure, path)
+    save(figure, path)
 
 
-@_styled
+@styled
 def draw_planes(found: Mapping[str, Plane], name: str, path: Path) -> None:
     """Draws images and captions of both models as points of a plane, those that belong together joined by a line."""
-    figure, axes = _figure(1, len(found), (5.2 * len(found), 5.2))
+    figure, axes = figure_of(1, len(found), (5.2 * len(found), 5.2))
     for panel, (model, plane) in zip(axes[0], found.items(), strict=True):
         for image, text in zip(plane.images, plane.texts, strict=True):
             panel.plot(*zip(image, text, strict=True), color=GREY, linewidth=0.7, alpha=0.6, zorder=1)
@@ -429,15 +432,15 @@ def draw_planes(found: Mapping[str, Plane], name: str, path: Path) -> None:
         panel.set_aspect("equal", adjustable="datalim")
     axes[0, 0].legend(frameon=False, loc="best")
     figure.suptitle(f"Images and their long captions, joined by a line ({name})", fontsize=13)
-    _save(figure, path)
+    save(figure, path)
 
 
-@_styled
+@styled
 def draw_lengths(found: Mapping[str, Sequence[Point]], name: str, path: Path) -> bool:
     """Draws R@1 over the length of the caption with its intervals; False, and no picture, if there is nothing to draw."""
     if not found:
         return False
-    figure, axes = _figure(1, 1, (8, 4))
+    figure, axes = figure_of(1, 1, (8, 4))
     panel = axes[0, 0]
     for shift, model in zip((0.35, -0.35), ("finetuned", "base"), strict=True):  # of the bars, which would hide each other
         points = found[model]
@@ -466,17 +469,19 @@ def draw_lengths(found: Mapping[str, Sequence[Point]], name: str, path: Path) ->
         ylim=(0, None),
     )
     panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    _save(figure, path)
+    save(figure, path)
     return True
 
 
 def differing(text: str, other: str) -> list[tuple[str, bool]]:
     """The words of a text, and whether each differs from the most similar sentence of the other text: whether it has no
     counterpart there, in order. Case, punctuation and SMALL_WORDS do not count."""
-    theirs = [[plain for plain in _plain(sentence.text) if plain not in SMALL_WORDS] for sentence in split_sentences(other)]
+    theirs = [
+        [plain for plain in plain_words(sentence.text) if plain not in SMALL_WORDS] for sentence in split_sentences(other)
+    ]
     found = []
     for sentence in split_sentences(text):
-        words, plain = sentence.text.split(), _plain(sentence.text)
+        words, plain = sentence.text.split(), plain_words(sentence.text)
         places = [place for place, word in enumerate(plain) if word and word not in SMALL_WORDS]
         mine = [plain[place] for place in places]
         matchers = [difflib.SequenceMatcher(None, mine, words_of_theirs, autojunk=False) for words_of_theirs in theirs]
@@ -488,7 +493,8 @@ def differing(text: str, other: str) -> list[tuple[str, bool]]:
     return found
 
 
-def _plain(text: str) -> list[str]:
+def plain_words(text: str) -> list[str]:
+    """The words of a text without case and punctuation; one of nothing else is ""."""
     return [word.casefold().strip(".,;:!?\"'()") for word in text.split()]
 
 
@@ -529,7 +535,8 @@ def shorten(text: str, words: int) -> tuple[str, int]:
     return (" ".join(parts), 0) if len(parts) <= words else (" ".join(parts[:words]) + " …", len(parts) - words)
 
 
-def _k_axis(panel: Axes, ks: Sequence[int], title: str, ylabel: str) -> None:
+def k_axis(panel: Axes, ks: Sequence[int], title: str, ylabel: str) -> None:
+    """The axes of a panel with percentages over k."""
     panel.set_xticks(range(len(ks)), [str(k) for k in ks])
     panel.set(title=title, xlabel="k", ylabel=ylabel, ylim=(0, 102))
 
@@ -543,7 +550,7 @@ def _square(path: Path) -> Image.Image:
     return ground
 
 
-def _figure(
+def figure_of(
     rows: int,
     columns: int,
     size: tuple[float, float],
@@ -560,6 +567,7 @@ def _figure(
     return figure, figure.subplots(rows, columns, squeeze=False, sharey=sharey, width_ratios=widths, height_ratios=heights)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Writes the picture; a file of that name is replaced when it is complete."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")

@@ -1,10 +1,10 @@
-"""The numbers of FAST-GOAL's tables (arXiv 2605.26615) and of DeGLA's (arXiv 2504.16801), and which of them a measurement of
-ours may stand beside.
+"""The numbers of FAST-GOAL's tables (arXiv 2605.26615), of DeGLA's (arXiv 2504.16801) and of FLAIR's README (arXiv
+2412.03561), and which of them a measurement of ours may stand beside.
 
-published_results.csv has a row per number, those of DeGLA under `DeGLA` and what was measured. `beside` finds the one that a
-number of ours compares with: same data set, test images, captions, backbone, task, and a model that came about the same way
-(`Recipe`). Where there is none, it says why. The data set's split, learning rate and view are not compared: the papers do not
-state them all.
+published_results.csv has a row per number, those of DeGLA and FLAIR under these words and what was measured. `beside` finds
+the one that a number of ours compares with: same data set, test images, captions, backbone, task, and a model that came about
+the same way (`Recipe`). Where there is none, it says why. The data set's split, learning rate and view are not compared: the
+papers do not state them all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from fast_goal.config import Params, parts_of
 from fast_goal.evaluation.headline import SUITES
 
-DEGLA = "DeGLA"
+DEGLA, FLAIR = "DeGLA", "FLAIR"
 WHOLE = "all"  # the way of a number that speaks of a suite as a whole
 FILE = "published_results.csv"
 COLUMNS = ("table", "dataset", "method", "backbone", "direction", "metric", "value")
@@ -67,10 +67,13 @@ TASKS = {
     "sentence_average": "retrieval with averaged sentences",
     "robustness": "retrieval with a false sentence",
     "localisation": "patch localisation",
+    "conditioned": "text-conditioned retrieval with short captions",
     "composition": "true and false captions",
     "zero_shot": "zero-shot classification",
 }
-OWN_TASKS = {"XV": "sentence_average", "XVI": "localisation", "XVII": "robustness"}  # of the tables; the others are retrieval
+# of the tables; the others are retrieval
+OWN_TASKS = {"XV": "sentence_average", "XVI": "localisation", "XVII": "robustness", FLAIR: "conditioned"}
+FLAIR_EPOCHS = 32
 FULL = "global+local+TSL"
 NEGATIVES = f"{FULL} with in-image negatives"
 TERMS = {
@@ -93,7 +96,7 @@ DEGLA_SETTINGS = {  # of the objective `degla`
 class Published:
     """A number of a paper, in percent unless `metric` says otherwise. An empty string: the table has no such column."""
 
-    table: str  # its Roman number; DEGLA for that paper's
+    table: str  # its Roman number; DEGLA or FLAIR for theirs
     title: str
     dataset: str
     method: str
@@ -220,6 +223,8 @@ def beside(
 
 def place(found: Beside) -> str:
     """Where a number was published, in words."""
+    if found.table == FLAIR:
+        return f"FLAIR's README, {found.method}"
     return f"DeGLA's paper, {found.method}" if found.table == DEGLA else f"Table {found.table}, {found.method}"
 
 
@@ -289,7 +294,7 @@ def _degla(values: dict[str, Any]) -> str:
 def _has_local(objective: dict[str, Any]) -> bool:
     if parts := parts_of(objective):
         return any(map(_has_local, parts.values()))
-    return objective["name"] != "degla" and _objective(objective) != "global"
+    return objective["name"] not in ("degla", "flair") and _objective(objective) != "global"
 
 
 @lru_cache(maxsize=1)
@@ -314,6 +319,9 @@ def _comparable() -> Candidates:
 def _recipe(row: Published) -> Recipe:
     own = row.dataset.casefold()
     match row.table, row.method:
+        case ("FLAIR", method):  # the batches are not the same in its README and its scripts
+            data = method.split()[-1].casefold()
+            return Recipe("a CLIP trained from scratch", (data,), "flair", batch_sizes=None, epochs=(FLAIR_EPOCHS,))
         case (_, "DeGLA"):
             return Recipe("CLIP", ("mscoco",), "degla", batch_sizes=(256,), epochs=(5,))
         case (_, "FAST-GOAL") if row.backbone == "ViT-L/14":
@@ -389,6 +397,11 @@ def _remarks(left: Candidates, setting: _Setting, model: Recipe | str) -> list[s
         words.append("which boxes and sentences the paper took is not known to us")
     if setting.recipe.objective == "degla":
         words.append("the hard negative captions of the training are others than the paper's")
+    if setting.task == "conditioned":
+        words.append(
+            "as FLAIR's code scores unless told otherwise; whether on these images or on the 1,014 that it takes unless told "
+            "otherwise is not known to us"
+        )
     if setting.task == "zero_shot":
         words.append("the paper's prompts are not known to us")
     return words

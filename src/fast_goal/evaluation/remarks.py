@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fast_goal.evaluation.headline import MODELS, suites_of
+from fast_goal.evaluation.headline import MODELS, MODES, suites_of
 from fast_goal.evaluation.pictures import DIRECTION_LABELS, LABELS
 from fast_goal.evaluation.retrieval import DIRECTIONS
 
@@ -39,6 +39,10 @@ def notes(metrics: Mapping[str, Mapping[str, Any]], facts: Facts) -> list[str]:
                 lines += [f"`{name}`, {kind} captions: {line}" for line in _retrieval_notes(values[kind], kind)]
         if "localisation" in values:
             lines += [f"`{name}`, localisation: {line}" for line in _localisation_notes(values["localisation"])]
+        for kind, found in values.get("conditioned", {}).items():
+            lines += [f"`{name}`, asked by the text, {kind}: {line}" for line in _mode_notes(found)]
+        for suite, found in values.get("segmentation", {}).items():
+            lines += [f"`{name}`, classes of pixels, {suite}: {line}" for line in _segmentation_notes(found)]
         for task, suite, found in suites_of(values):
             lines += [f"`{name}`, {task.replace('_', ' ')} of {suite}: {line}" for line in _suite_notes(found, task)]
         if values["independent"] < values["images"]:
@@ -177,6 +181,49 @@ def _suite_notes(found: Mapping[str, Any], task: str) -> list[str]:
             )
     if cases < SMALL:
         lines.append(f"only {cases:,} {CASES[task]}: the intervals are wide.")
+    return lines
+
+
+def _mode_notes(found: Mapping[str, Any]) -> list[str]:
+    said: dict[tuple[str, str], list[str]] = {}  # verdict and direction -> modes
+    for mode in MODES[1:]:
+        for direction in DIRECTIONS:
+            key, change = next(iter(found["difference"][mode][direction].items()))
+            said.setdefault((verdict(change), f"{key} {DIRECTION_LABELS[direction]}"), []).append(mode)
+    merged: dict[tuple[str, str], list[str]] = {}
+    for (words, way), modes in said.items():
+        merged.setdefault((words, " and ".join(modes)), []).append(way)
+    lines = [
+        f"{modes}: {words} {'than' if words == 'lower' else 'from'} global in {' and '.join(ways)}."
+        for (words, modes), ways in merged.items()
+        if words != "higher"
+    ]
+    tied = {mode: max(found[mode][direction]["tied"] for direction in DIRECTIONS) for mode in MODES}
+    if max(tied.values()) > tied["global"] + MANY_TIES:
+        shares = ", ".join(f"{mode} {share:.1f} %" for mode, share in tied.items())
+        lines.append(f"queries with a wrong candidate tied with the right one: {shares}; their recall is an upper bound.")
+    if found["captions"] < SMALL:
+        lines.append(f"only {found['captions']:,} queries: the intervals are wide.")
+    return lines
+
+
+def _segmentation_notes(found: Mapping[str, Any]) -> list[str]:
+    lines, change = [], found["difference"]["mIoU"]
+    if verdict(change) == "no difference shown":
+        lines.append(f"no difference shown in mIoU: {_why_not(change)}.")
+    if verdict(change) == "lower":
+        lines.append("the fine-tuned model is worse in mIoU.")
+    for count, models in _by_value(found["outside"]).items():
+        if count:
+            share = 100 * count / found["pixels"]
+            lines.append(f"{share:.1f} % of the pixels that count lie out of the view of {_who(models)} and are not scored.")
+    if min(found[model]["mIoU"] for model in MODELS) < found["chance"]["mIoU"]:
+        lines.append(
+            "mIoU lies below that of random classes where a model puts most pixels into few classes: the others then hardly "
+            "have any of their pixels."
+        )
+    if found["independent"] < SMALL:
+        lines.append(f"only {found['independent']:,} independent images: the interval is wide.")
     return lines
 
 

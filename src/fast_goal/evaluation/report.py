@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from fast_goal.errors import DataError
 from fast_goal.evaluation import published
 from fast_goal.evaluation.bootstrap import holm
-from fast_goal.evaluation.headline import MODELS, SUITES, suites_of
+from fast_goal.evaluation.headline import MODELS, MODES, SUITES, suites_of
 from fast_goal.evaluation.pictures import DIRECTION_LABELS, LABELS
 from fast_goal.evaluation.published import Recipe
 from fast_goal.evaluation.remarks import CASES, LEVEL, first_k, leaves_out_zero, notes, verdict
@@ -31,6 +31,8 @@ DROP = "both ways, mean"
 WIDE = 1100  # pixels from which a picture scrolls on a narrow screen instead of shrinking; a guess
 ANSWERED = {"composition": "the true caption is told from all its foils in", "zero_shot": "the right class is found in"}
 MEAN = {"accuracy": "", "macro": ", the mean of the groups"}
+MODE_KS = 3  # k of the modes that are listed
+MOST_CLASSES = 60  # of a segmentation that are listed, a guess at what is read
 CONTENTS = "[contents]"  # where the list of contents goes
 
 
@@ -111,7 +113,15 @@ def write_report(folder: Path, metrics: Mapping[str, Mapping[str, Any]], facts: 
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    environment.filters |= {"number": _number, "signed": _signed, "time": _time, "p": _p, "yaml": _yaml, "cell": _cell}
+    environment.filters |= {
+        "number": _number,
+        "signed": _signed,
+        "time": _time,
+        "cost": _cost,
+        "p": _p,
+        "yaml": _yaml,
+        "cell": _cell,
+    }
     templates = resources.files("fast_goal.evaluation")
     found = comparisons(metrics, facts)
     text = environment.from_string((templates / "report.md.jinja").read_text(encoding="utf-8")).render(
@@ -123,6 +133,7 @@ def write_report(folder: Path, metrics: Mapping[str, Mapping[str, Any]], facts: 
         left_out=left_out(metrics, facts),
         notes=notes(metrics, facts),
         contents=CONTENTS,
+        most_classes=MOST_CLASSES,
     )
     text = re.sub(r"\n{3,}", "\n\n", text)
     text = text.replace(
@@ -175,6 +186,20 @@ def headlines(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 f"{found['base'][key]:.1f} → {found['finetuned'][key]:.1f} % of them "
                 f"({_difference_words(found['difference'][key])}; random patches: {found['chance'][key]:.1f} %)."
             )
+        for kind, found in values.get("conditioned", {}).items():
+            key = next(iter(found["global"]["text_to_image"]))
+            change = found["difference"]["conditioned"]["text_to_image"][key]
+            ways = " → ".join(f"{found[mode]['text_to_image'][key]:.1f}" for mode in ("global", "conditioned"))
+            lines.append(
+                f"`{name}`, {_asked(kind)}, the fine-tuned model asked by its plain and by its text-conditioned embeddings: "
+                f"text-to-image {key} {ways} % ({_difference_words(change)})."
+            )
+        for suite, found in values.get("segmentation", {}).items():
+            lines.append(
+                f"`{name}`, {suite}, the {found['names']} classes of the pixels of {found['images']:,} images: mIoU "
+                f"{found['base']['mIoU']:.1f} → {found['finetuned']['mIoU']:.1f} % "
+                f"({_difference_words(found['difference']['mIoU'])}; chance: {found['chance']['mIoU']:.1f} %)."
+            )
         for task, suite, found in suites_of(values):
             key = next(iter(found["difference"]))
             lines.append(
@@ -193,7 +218,7 @@ def comparisons(metrics: Mapping[str, Mapping[str, Any]], facts: Facts) -> list[
     found: list[Comparison] = []
     for name, values in metrics.items():
         for task, section in facts.tasks.items():
-            variants = values.get(task, {})
+            variants = values.get(task, {}) if task != "conditioned" else {}  # one model, in several modes
             for variant, block in ({"": variants} if "difference" in variants else variants).items():
                 if task != "long" and block == values.get("long"):
                     continue
@@ -239,7 +264,7 @@ def beside_the_paper(name: str, values: Mapping[str, Any], facts: Facts) -> tupl
     reasons: dict[str, dict[str, list[str]]] = {}
     for task, suite, block in _blocks(values):
         label = facts.tasks[task].title if task in facts.tasks else published.TASKS[task]
-        for model in MODELS:
+        for model in (model for model in MODELS if model in block):
             count, first = len(rows), ""
             for way, direction, cases, numbers in _numbers(task, block, model):
                 for metric, ours in numbers.items():
@@ -306,6 +331,20 @@ def _dataset(
             {"task": task, "suite": suite, "title": _title(task, facts), "found": block, "rows": _suite_rows(block, task)}
             for task, suite, block in suites_of(values)
         ],
+        "modes": [
+            {"kind": kind, "asked": _asked(kind), "found": block, "rows": _mode_rows(block)}
+            for kind, block in values.get("conditioned", {}).items()
+        ],
+        "segmentation": [
+            {
+                "suite": suite,
+                "title": _title("segmentation", facts),
+                "found": block,
+                "rows": _rows(block, ""),
+                "classes": _class_rows(block),
+            }
+            for suite, block in values.get("segmentation", {}).items()
+        ],
         "paper": paper,
         "apart": apart,
         "seconds": values["seconds"],
@@ -326,8 +365,12 @@ def _ways(block: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _blocks(values: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """The task, the suite ("" where it has none) and the metrics of what was run and a paper may have a number for."""
-    yield from ((task, "", values[task]) for task in published.TASKS if task in values and task not in SUITES)
+    apart = (*SUITES, "conditioned")
+    yield from ((task, "", values[task]) for task in published.TASKS if task in values and task not in apart)
     yield from suites_of(values)
+    if "short" in values.get("conditioned", {}):  # of which alone there are published numbers
+        found = values["conditioned"]["short"]
+        yield "conditioned", "", {**found, "finetuned": found["conditioned"], "difference": found["difference"]["conditioned"]}
 
 
 def _numbers(task: str, block: Mapping[str, Any], model: str) -> Iterator[tuple[str, str, int, Mapping[str, float]]]:
@@ -349,7 +392,7 @@ def _numbers(task: str, block: Mapping[str, Any], model: str) -> Iterator[tuple[
 
 
 def _title(task: str, facts: Facts) -> str:
-    return facts.tasks[task].title if task in facts.tasks else published.TASKS[task].capitalize()
+    return facts.tasks[task].title if task in facts.tasks else published.TASKS.get(task, task.replace("_", " ")).capitalize()
 
 
 def _suite_rows(found: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
@@ -377,6 +420,42 @@ def _suite_rows(found: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
     add("all", numbers_of("accuracy"), whole)
     for key in (key for key in change if key.startswith("accuracy@")):
         add(f"all, among the first {key.partition('@')[2]}", numbers_of(key), {})
+    return rows
+
+
+def _asked(kind: str) -> str:
+    """What a task of retrieval asks with, in words."""
+    return {"long": "long captions", "short": "short captions", "sentences": "single sentences"}.get(
+        kind, kind.replace("_", " ")
+    )
+
+
+def _mode_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The recall of each mode, and what the others differ by from `global`, at the first MODE_KS k of both directions."""
+    return [
+        {
+            "label": DIRECTION_LABELS[direction],
+            "metric": key,
+            **{mode: found[mode][direction][key] for mode in MODES},
+            "changes": [found["difference"][mode][direction][key] for mode in MODES[1:]],
+        }
+        for direction in DIRECTIONS
+        for key in list(found["difference"]["conditioned"][direction])[:MODE_KS]
+    ]
+
+
+def _class_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The IoU of each class by both models; of many classes those in which the models differ most. A class that a model neither
+    has to find nor finds has none."""
+    classes = {model: found[model]["classes"] for model in MODELS}
+    rows = [
+        {"label": name, **{model: classes[model].get(name) for model in MODELS}}
+        for name in dict.fromkeys(name for model in MODELS for name in classes[model])
+    ]
+    if len(rows) > MOST_CLASSES:
+        change = {row["label"]: abs((row["finetuned"] or 0.0) - (row["base"] or 0.0)) for row in rows}
+        most = set(sorted(change, key=lambda label: -change[label])[:MOST_CLASSES])
+        rows = [row for row in rows if row["label"] in most]
     return rows
 
 
@@ -444,6 +523,10 @@ def _p(value: float) -> str:
 def _time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def _cost(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms"
 
 
 def _cell(text: Any) -> str:

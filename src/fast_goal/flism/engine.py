@@ -22,6 +22,7 @@ import torch
 import fast_goal
 from fast_goal.config import FlismConfig, to_dict
 from fast_goal.data.records import PAIRS, REGIONS, SKIPPED, Dataset
+from fast_goal.data.sub_captions import splitter_digest
 from fast_goal.errors import ConfigError, DataError
 from fast_goal.files import digest, file_digest
 from fast_goal.flism.detectors import RegionDetector
@@ -50,7 +51,6 @@ SETTINGS = (
     "precision",
 )
 # code that the results depend on beside the detector's, which is in its digest; a change of it must not meet old results
-_SPLITTING = ("data/captions.py",)
 _EMBEDDING = ("model/*.py", "data/images.py", "data/captions.py", "flism/embedder.py")
 _SHARDS = (*_EMBEDDING, "flism/pipeline.py", "flism/matching.py", "flism/regions.py", "flism/shards.py", "flism/splitter.py")
 
@@ -228,7 +228,7 @@ def _stores(clip: Clip, detector: RegionDetector | None, config: FlismConfig, ca
         detections=digest([detector.digest, config.precision, _code(("data/images.py",))])
         if detector and detector.reads_pixels
         else None,
-        splits=digest(_code(_SPLITTING)),
+        splits=splitter_digest(),
     )
     return names, ShardStore(cache / SHARDS_FOLDER / digest(key), key)
 

@@ -32,7 +32,8 @@ CONFIG_FILE, WEIGHTS_FILE, INFO_FILE = "open_clip_config.json", "open_clip_model
 POOLING_FILE = "pooling.safetensors"
 VOCABULARY = 49408  # CLIP's byte pairs; the tokenizer of data/captions.py knows no other
 LAST = ("ln_post", "proj", "ln_final", "text_projection", "logit_scale")  # parameters that follow the last block
-SCHEMAS = ("hf-hub:", "local-dir:")  # of models that bring their weights along
+LOCAL = "local-dir:"
+SCHEMAS = ("hf-hub:", LOCAL)  # of models that bring their weights along
 RESIZE_MODES = {"shortest": "crop", "squash": "squash", "longest": "pad"}  # open_clip's words -> View's
 
 
@@ -126,7 +127,9 @@ class Clip(nn.Module):
         """Gives the model a fresh head of text-conditioned pooling; the same seed gives the same one. Raises ConfigError."""
         if self.embed_dim % heads:
             raise ConfigError(f"heads = {heads}: {self.name} has embeddings of {self.embed_dim}, which so many do not divide")
-        self.pooling = PoolingHead(self.embed_dim, heads, seed).to(self.model.logit_scale.device).train(self.training)
+        head, device = PoolingHead(self.embed_dim, heads, seed), self.model.logit_scale.device
+        # of fake tensors (training/memory.py) an attention cannot be moved, not even to where it is
+        self.pooling = (head if device == head.logit_scale.device else head.to(device)).train(self.training)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images [B, 3, S, S] -> [B, D], L2-normalised."""
@@ -143,8 +146,8 @@ class Clip(nn.Module):
         return View(width, height, size=self.image_size, mode=self.view_mode, mean=self.mean, std=self.std)
 
     def depths(self) -> dict[str, tuple[str, int]]:
-        """Of every parameter by name: its tower (`image`, `text`, `pooling`, or `both` for the logit scale), and how many blocks
-        lie from it to its tower's end: 0 after the last block, 1 in it, one more than all blocks in the embeddings."""
+        """Of every parameter by name: its tower (`image`, `text`, `pooling`, or `both` for the logit scale), and how many
+        blocks lie from it to its tower's end: 0 after the last block, 1 in it, one more than all blocks in the embeddings."""
         found = {}
         for name, _ in self.named_parameters():
             if name.startswith("pooling."):
@@ -227,7 +230,10 @@ def load_pretrained(model: str, pretrained: str | None, context_length: int, kee
     if not schema and not pretrained:
         raise ModelError(f"base.pretrained is null for base.model = {model!r}: its weights would be random. {way_out}")
     name = _source(model, pretrained)
-    return _create(model, None if schema else pretrained, name, way_out).stretched(context_length, keep_positions)
+    clip = _create(model, None if schema else pretrained, name, way_out)
+    if model.startswith(LOCAL):
+        clip.pooling = _saved_pooling(Path(model.removeprefix(LOCAL)), clip.embed_dim, way_out)
+    return clip.stretched(context_length, keep_positions)
 
 
 def _source(model: str, pretrained: str | None) -> str:
@@ -282,9 +288,10 @@ def structure(base: BaseConfig) -> Clip:
 
 
 def saved_structure(folder: Path | str) -> Clip:
-    """The CLIP of a folder, as `structure`: the weights of its towers are not read."""
+    """The CLIP of a folder, as `structure`: no weights are read, those of its pooling neither."""
     clip = _untrained(read_json(Path(folder) / CONFIG_FILE)["model_cfg"], _saved_name(Path(folder)))
-    clip.pooling = _saved_pooling(Path(folder), clip.embed_dim, f"Write {folder} anew by running the step that makes it.")
+    way_out = f"Write {folder} anew by running the step that makes it."
+    clip.pooling = _saved_pooling(Path(folder), clip.embed_dim, way_out, weights=False)
     return clip
 
 
@@ -293,7 +300,7 @@ def _saved_name(folder: Path) -> str:
     return read_json(info).get("name", folder.name) if info.exists() else folder.name
 
 
-def _saved_pooling(folder: Path, width: int, way_out: str) -> PoolingHead | None:
+def _saved_pooling(folder: Path, width: int, way_out: str, weights: bool = True) -> PoolingHead | None:
     """The head of text-conditioned pooling in a model's folder, None where there is none."""
     from safetensors import SafetensorError, safe_open
 
@@ -303,7 +310,8 @@ def _saved_pooling(folder: Path, width: int, way_out: str) -> PoolingHead | None
     try:
         with safe_open(path, framework="pt") as stored:
             head = PoolingHead(width, int((stored.metadata() or {})["heads"]))
-            head.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118  not a mapping
+            if weights:
+                head.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118  not a mapping
     except (SafetensorError, OSError, KeyError, ValueError, AssertionError, RuntimeError) as error:
         raise ModelError(f"{path} cannot be loaded: {type(error).__name__}: {error}\n{way_out}") from error
     return head

@@ -4,7 +4,7 @@ An export is checked before its folder takes its name: it is read back with the 
 embeddings of a few pictures and texts must equal those of the model. Needs the extra `export`; nothing else imports the
 libraries of these formats for models.
 
-Letters: B batch, S image side in pixels, N patches, L tokens, W tower width, D embedding width.
+Letters: B batch, S image side in pixels, N patches, L tokens, Q texts asked of each image, W tower width, D embedding width.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fast_goal.environment import prepare
 from fast_goal.errors import ModelError
 from fast_goal.files import atomic_folder, read_json, write_json
 from fast_goal.model.clip import VOCABULARY, Clip
+from fast_goal.model.pooling import PoolingHead, TextConditionedPooling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,13 +35,19 @@ LARGE = 1_900_000_000  # bytes of weights; an ONNX file, being one protobuf mess
 
 
 def export(clip: Clip, folder: Path | str, format: str) -> dict[str, float]:
-    """Writes `clip` to `folder` in one of FORMATS and returns the largest differences found, keys `image` and `text`.
+    """Writes `clip` to `folder` in one of FORMATS and returns the largest differences found, keys `image` and `text`, and in
+    onnx `pooling` of a model that has one.
 
     huggingface: config.json and model.safetensors for `CLIPModel`, preprocessor_config.json for `CLIPImageProcessor`, and
     the files of `CLIPTokenizer`, cut off at the model's context length. onnx: image.onnx, pixel_values float32
     [B, 3, S, S] -> image_features [B, D], and text.onnx, input_ids int64 [B, L] -> text_features [B, D], with any B and
     any L up to the context length, features L2-normalised; the same tokenizer files. export.json states preprocessing,
     versions and the differences. An earlier export in `folder` is replaced.
+
+    Of a model with text-conditioned pooling, image.onnx also gives patches [B, N, D] and text.onnx queries [B, D], neither of
+    them normalised, and pooling.onnx takes both, patches [B, N, D] and queries [B or 1, Q, D] -> pooled_features [B, Q, D],
+    L2-normalised: their products with text_features are the conditioned scores. Hugging Face's CLIP has no such part: its
+    export embeds as the model does without a text, and export.json says so.
 
     Raises ModelError, and leaves no new file, if the extra is not installed, `folder` holds anything but an export, the
     model has a part that the format lacks, or an embedding differs by more than TOLERANCE.
@@ -56,7 +63,7 @@ def export(clip: Clip, folder: Path | str, format: str) -> dict[str, float]:
         facts = (_write_huggingface if format == "huggingface" else _write_onnx)(clip, temporary)
         samples = _samples(clip)
         with torch.no_grad():
-            expected = {"image": clip.encode_image(samples.pixels), "text": clip.encode_text(samples.tokens)}
+            expected = _embeddings(clip, samples)
             found = (_read_huggingface if format == "huggingface" else _read_onnx)(temporary, samples)
         differences = _compare(clip.name, expected, found)
         write_json(temporary / EXPORT_FILE, {**_describe(clip, format), **facts, "largest_difference": differences})
@@ -94,6 +101,17 @@ def _samples(clip: Clip) -> _Samples:
     return _Samples(images, pixels, texts, tokenize(texts, clip.context_length)[0])
 
 
+def _embeddings(clip: Clip, samples: _Samples) -> dict[str, Tensor]:
+    """The model's own, by tower, and of its pooling every image as every text sees it."""
+    encoded = clip(images=samples.pixels, tokens=samples.tokens)
+    found = {"image": encoded.image_features, "text": encoded.text_features}
+    if clip.pooling is not None:
+        queries = encoded.text_queries.expand(len(samples.pixels), -1, -1)
+        pooled = clip.pooling.pooling(clip.project_patches(encoded.image_tokens), queries)
+        found["pooling"] = nn.functional.normalize(pooled, dim=-1)
+    return found
+
+
 def _compare(name: str, expected: dict[str, Tensor], found: dict[str, list[Tensor]]) -> dict[str, float]:
     """The largest difference by tower; `found` may hold several results that should all equal the expected one."""
     differences = {
@@ -102,7 +120,7 @@ def _compare(name: str, expected: dict[str, Tensor], found: dict[str, list[Tenso
     for tower, difference in differences.items():
         if not difference <= TOLERANCE:  # also NaN
             raise ModelError(
-                f"{name} was not exported: an {tower} embedding read back from the export differs by {difference:.1e}, more "
+                f"{name} was not exported: an embedding ({tower}) read back from the export differs by {difference:.1e}, more "
                 f"than {TOLERANCE:.0e}. Please report this with the versions of torch, transformers and onnxruntime."
             )
     return differences
@@ -118,7 +136,19 @@ def _describe(clip: Clip, format: str) -> dict[str, Any]:
         "logit_scale": float(clip.logit_scale.detach()),
         "embed_dim": clip.embed_dim,
         "tolerance": TOLERANCE,
+        **({} if clip.pooling is None else {"pooling": _describe_pooling(clip.pooling, format)}),
     }
+
+
+def _describe_pooling(head: PoolingHead, format: str) -> dict[str, Any]:
+    facts = {
+        "heads": head.pooling.heads,
+        "logit_scale": float(head.logit_scale.detach().exp()),
+        "logit_bias": float(head.logit_bias.detach()),
+    }
+    if format == "huggingface":
+        return {**facts, "exported": False, "note": "CLIPModel has no text-conditioned pooling: it embeds without it"}
+    return {**facts, "exported": True}
 
 
 def _replaceable(folder: Path) -> bool:
@@ -322,6 +352,8 @@ def _write_onnx(clip: Clip, folder: Path) -> dict[str, Any]:
     weights, (vision, text) = _weights(clip), _towers(clip)
     _image_graph(clip, vision, weights).save(folder / "image.onnx")
     _text_graph(clip, text, weights).save(folder / "text.onnx")
+    if clip.pooling is not None:
+        _pooling_graph(clip, clip.pooling.pooling).save(folder / "pooling.onnx")
     return {"opset": OPSET, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
 
 
@@ -331,23 +363,40 @@ def _read_onnx(folder: Path, samples: _Samples) -> dict[str, list[Tensor]]:
     tokens = _tokens_of(folder, samples)
     lengths = tokens["attention_mask"].sum(dim=1).tolist()
     ids = tokens["input_ids"]
-    return {
-        "image": [image(samples.pixels), torch.cat([image(one[None]) for one in samples.pixels])],
-        "text": [
-            text(samples.tokens),
-            text(ids),
-            torch.cat([text(row[None, :length]) for row, length in zip(ids, lengths, strict=True)]),
-        ],
-    }
+    images = [image(samples.pixels), _joined([image(one[None]) for one in samples.pixels])]
+    texts = [
+        text(samples.tokens),
+        text(ids),
+        _joined([text(row[None, :length]) for row, length in zip(ids, lengths, strict=True)]),
+    ]
+    found = {"image": [one["image_features"] for one in images], "text": [one["text_features"] for one in texts]}
+    if (folder / "pooling.onnx").is_file():
+        pooling = _session(folder / "pooling.onnx")
+        patches, queries = images[0]["patches"], texts[0]["queries"]
+        apart = [pooling(row[None], query[None, None])["pooled_features"] for row in patches for query in queries]
+        found["pooling"] = [
+            pooling(patches, queries[None])["pooled_features"],  # all texts of each image
+            torch.cat(apart).reshape(len(patches), len(queries), -1),
+        ]
+    return found
 
 
 def _session(path: Path) -> Any:
-    """The file as a function from a tensor to a tensor, on the CPU."""
+    """The file as a function from its inputs, in their order, to its outputs by name, on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda tensor: torch.from_numpy(session.run(None, {name: tensor.numpy()})[0])
+    takes, gives = ([one.name for one in many] for many in (session.get_inputs(), session.get_outputs()))
+
+    def run(*tensors: Tensor) -> dict[str, Tensor]:
+        found = session.run(gives, {name: tensor.numpy() for name, tensor in zip(takes, tensors, strict=True)})
+        return {name: torch.from_numpy(value) for name, value in zip(gives, found, strict=True)}
+
+    return run
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 class _Graph:
@@ -360,6 +409,27 @@ class _Graph:
     def __init__(self) -> None:
         self.nodes: list[Any] = []
         self.initializers: dict[str, Any] = {}
+        self.sources: list[Any] = []
+        self.results: list[Any] = []
+
+    def source(self, name: str, shape: list[str | int], integers: bool = False) -> str:
+        """An input of the graph: float32, or int64. A size that is a word is free."""
+        from onnx import TensorProto, helper
+
+        kind = TensorProto.INT64 if integers else TensorProto.FLOAT
+        self.sources.append(helper.make_tensor_value_info(name, kind, shape))
+        return name
+
+    def result(self, operator: str, hidden: str, name: str, shape: list[str | int], **attributes: Any) -> None:
+        """An output of the graph, by its name: what the operator makes of `hidden`."""
+        from onnx import TensorProto, helper
+
+        self.nodes.append(helper.make_node(operator, [hidden], [name], name=name, **attributes))
+        self.results.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+
+    def unit(self, hidden: str, name: str, shape: list[str | int]) -> None:
+        """The L2-normalised output `name`."""
+        self.result("LpNormalization", hidden, name, shape, axis=-1, p=2)
 
     def node(self, operator: str, *inputs: str, **attributes: Any) -> str:
         from onnx import helper
@@ -378,6 +448,14 @@ class _Graph:
                 array = np.array(value, dtype=np.float32 if isinstance(value, float) else np.int64)
             self.initializers[name] = numpy_helper.from_array(array, name)
         return name
+
+    def span(self, first: int, end: int, axis: int) -> tuple[str, str, str]:
+        """What `Slice` takes beside the tensor: from `first` to before `end` along the axis."""
+        return (
+            self.constant(f"index_{first}", [first]),
+            self.constant(f"index_{end}", [end]),
+            self.constant(f"axis_{axis}", [axis]),
+        )
 
     def linear(self, hidden: str, weights: dict[str, Tensor], name: str) -> str:
         """hidden [..., in] -> [..., out]"""
@@ -423,20 +501,12 @@ class _Graph:
             hidden = self.node("Add", hidden, self.linear(inner, weights, f"{block}.mlp.fc2"))
         return hidden
 
-    def finish(self, features: str, source: Any, name: str, width: int) -> _Graph:
-        """features [B, D] become the L2-normalised output `name`; `source` is the input's description."""
-        from onnx import TensorProto, helper
-
-        self.nodes.append(helper.make_node("LpNormalization", [features], [name], name=name, axis=-1, p=2))
-        self.source, self.result = source, helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", width])
-        return self
-
     def save(self, path: Path) -> None:
         import onnx
         from onnx import helper
 
         weights = list(self.initializers.values())
-        graph = helper.make_graph(self.nodes, path.stem, [self.source], [self.result], weights)
+        graph = helper.make_graph(self.nodes, path.stem, self.sources, self.results, weights)
         opset = helper.make_opsetid("", OPSET)
         model = helper.make_model_gen_version(graph, opset_imports=[opset], producer_name="fast-goal")
         large = sum(len(value.raw_data) for value in weights) > LARGE
@@ -445,11 +515,9 @@ class _Graph:
 
 
 def _image_graph(clip: Clip, tower: _Tower, weights: dict[str, Tensor]) -> _Graph:
-    from onnx import TensorProto, helper
-
     graph, name = _Graph(), "vision_model.embeddings"
     side, patch = clip.image_size, clip.patch_size
-    source = helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, side, side])
+    graph.source("pixel_values", ["batch", 3, side, side])
     kernel = graph.constant("patch_embedding", weights[f"{name}.patch_embedding.weight"])
     grid = graph.node("Conv", "pixel_values", kernel, kernel_shape=[patch, patch], strides=[patch, patch])
     flat = graph.node("Reshape", grid, graph.constant("flat", [0, 0, -1]))  # [B, W, N]
@@ -461,16 +529,23 @@ def _image_graph(clip: Clip, tower: _Tower, weights: dict[str, Tensor]) -> _Grap
     hidden = graph.node("Add", hidden, graph.constant("positions", weights[f"{name}.position_embedding.weight"]))
     hidden = graph.norm(hidden, weights, "vision_model.pre_layrnorm", tower.epsilon)
     hidden = graph.blocks(hidden, tower, weights, "vision_model")
+
+    def projected(rows: str) -> str:
+        normed = graph.norm(rows, weights, "vision_model.post_layernorm", tower.epsilon)
+        return graph.linear(normed, weights, "visual_projection")
+
     pooled = graph.node("Gather", hidden, graph.constant("first", torch.tensor(0)), axis=1)  # [B, W]
-    pooled = graph.norm(pooled, weights, "vision_model.post_layernorm", tower.epsilon)
-    return graph.finish(graph.linear(pooled, weights, "visual_projection"), source, "image_features", clip.embed_dim)
+    graph.unit(projected(pooled), "image_features", ["batch", clip.embed_dim])
+    if clip.pooling is not None:
+        count = (side // patch) ** 2
+        rows = graph.node("Slice", hidden, *graph.span(1, count + 1, axis=1))  # [B, N, W]
+        graph.result("Identity", projected(rows), "patches", ["batch", count, clip.embed_dim])
+    return graph
 
 
 def _text_graph(clip: Clip, tower: _Tower, weights: dict[str, Tensor]) -> _Graph:
-    from onnx import TensorProto, helper
-
     graph, name = _Graph(), "text_model.embeddings"
-    source = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "length"])
+    graph.source("input_ids", ["batch", "length"], integers=True)
     length = graph.node("Shape", "input_ids", start=1, end=2)  # [1]
 
     def visible(table: str, axes: list[int]) -> str:
@@ -488,4 +563,37 @@ def _text_graph(clip: Clip, tower: _Tower, weights: dict[str, Tensor]) -> _Graph
     end = graph.node("ArgMax", "input_ids", axis=1, keepdims=1)  # [B, 1]: the first end token has the highest id
     pooled = graph.node("GatherND", hidden, end, batch_dims=1)  # [B, W]
     pooled = graph.norm(pooled, weights, "text_model.final_layer_norm", tower.epsilon)
-    return graph.finish(graph.linear(pooled, weights, "text_projection"), source, "text_features", clip.embed_dim)
+    projected, shape = graph.linear(pooled, weights, "text_projection"), ["batch", clip.embed_dim]
+    graph.unit(projected, "text_features", shape)
+    if clip.pooling is not None:
+        graph.result("Identity", projected, "queries", shape)
+    return graph
+
+
+def _pooling_graph(clip: Clip, pooling: TextConditionedPooling) -> _Graph:
+    graph, width, heads = _Graph(), clip.embed_dim, pooling.heads
+    weights = dict(pooling.state_dict())
+    for suffix in ("weight", "bias"):
+        parts = weights.pop(f"attention.in_proj_{suffix}").chunk(3)
+        weights |= {f"{name}.{suffix}": part for name, part in zip(("query", "key", "value"), parts, strict=True)}
+    patches = graph.source("patches", ["batch", "patches", width])
+    queries = graph.source("queries", ["batch or 1", "texts", width])
+    split = graph.constant("split", [0, 0, heads, width // heads])
+
+    def projected(rows: str, name: str, perm: list[int]) -> str:
+        norm = getattr(pooling, f"norm_{name}")
+        normed = graph.norm(rows, weights, f"norm_{name}", norm.eps)
+        return graph.node("Transpose", graph.node("Reshape", graph.linear(normed, weights, name), split), perm=perm)
+
+    query = projected(queries, "query", [0, 2, 1, 3])  # [B or 1, heads, Q, D / heads]
+    query = graph.node("Mul", query, graph.constant("scale", (width // heads) ** -0.5))
+    key, value = projected(patches, "key", [0, 2, 3, 1]), projected(patches, "value", [0, 2, 1, 3])
+    scores = graph.node("MatMul", query, key)  # [B, heads, Q, N]
+    # the logit of the key of zeros is 0, and so is what its value adds
+    scores = graph.node("Pad", scores, graph.constant("zero_logit", [0, 0, 0, 0, 0, 0, 0, 1]))
+    shares = graph.node("Softmax", scores, axis=-1)
+    shares = graph.node("Slice", shares, *graph.span(0, -1, axis=3))
+    taken = graph.node("Transpose", graph.node("MatMul", shares, value), perm=[0, 2, 1, 3])
+    taken = graph.node("Reshape", taken, graph.constant("joined", [0, 0, width]))
+    graph.unit(graph.linear(taken, weights, "attention.out_proj"), "pooled_features", ["batch", "texts", width])
+    return graph

@@ -73,8 +73,8 @@ class Features:
     sub-captions, neither of them normalised. sub_choices int64 [b, B]: which sub-caption of each image of the batch stands for
     that image where it is a negative of an own one. shares: of the processes. pooling: the model's head.
     The local ones may be None if the objective's `needs_local` is False; region and sentence, with their weights, also where
-    `needs_pooled` is. text_global may be None if `needs_captions` is False. The negatives are None if `needs_negatives` is False,
-    the teacher's if `teacher_decay` is None; patches, sub_queries, sub_choices and pooling if `sub_captions` is.
+    `needs_pooled` is. text_global may be None if `needs_captions` is False. The negatives are None if `needs_negatives` is
+    False, the teacher's if `teacher_decay` is None; patches, sub_queries, sub_choices and pooling if `sub_captions` is.
     """
 
     image_global: Tensor
@@ -218,7 +218,12 @@ def make_objective(values: Mapping[str, Any]) -> Objective:
 
 
 def check_captions(objective: Objective, captions: str, section: str) -> None:
-    """Raises ConfigError where the objective pools sentences from captions that do not have them. `section`: of `captions`."""
+    """Raises ConfigError where the objective looks for sentences in captions without them. `section`: of `captions`."""
+    if objective.sub_captions is not None and captions == "short":
+        raise ConfigError(
+            f"{section}.captions = 'short': the sub-captions of the objective are sentences of the long caption. Set "
+            f"{section}.captions=long, or an objective without sub-captions, such as objective=global"
+        )
     if objective.needs_pooled and captions == "short":
         raise ConfigError(
             f"{section}.captions = 'short': the TSL terms of the objective look for sentences of the long caption. Set "
@@ -239,6 +244,9 @@ def check_objectives(params: Params) -> None:
         make, config = objective_config(values, name)
         made = make(config)
         check_captions(made, training.captions, section)
+        width = params.base.scratch.embed_dim if params.base.kind == "scratch" else None  # of others the model tells
+        if made.heads is not None and width is not None and width % made.heads:
+            raise ConfigError(f"{name}: heads = {made.heads} do not divide base.scratch.embed_dim = {width}")
         if made.needs_local and not params.flism.splits:
             raise ConfigError(
                 f"{name}.name = {values['name']!r} needs local pairs, but flism.splits = []: nothing is matched. Set "

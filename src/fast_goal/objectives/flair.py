@@ -78,7 +78,7 @@ class Flair(Plain):
             if self.config.weights["mps"]:
                 own = multi_positive_loss(_own_rows(features), texts, features.shares.first, scale, bias)
                 terms["mps"] = features.shares.total(own)
-        told = {"sigmoid_scale": scale.detach(), "sigmoid_bias": bias.detach()}
+        told = {"sigmoid_scale": scale.detach(), "sigmoid_bias": bias.detach().clone()}  # as they are before the step
         return {**terms, **told, "loss": sum(self.config.weights[term] * value for term, value in terms.items())}
 
 
@@ -92,11 +92,12 @@ def conditioned_loss(
     bias: Tensor | float,
     block: int = BLOCK,
 ) -> Tensor:
-    """The text-conditioned sigmoid loss (equations 3 and 5), of the images from `first` on: their part of a sum over all images.
+    """The text-conditioned sigmoid loss (equations 3 and 5), of the images from `first` on: their part of a sum over all
+    images.
 
-    patches [b, N, D], texts [B, K, D], not normalised; choices int64 [b, B]: which of the K texts of another image is asked of an
-    own one (those of the image itself all are). The logit is scale * cos(image as the text pools it, text) + bias; the sum of
-    -log sigmoid is divided by B + K - 1, the texts asked of an image. A scalar.
+    patches [b, N, D], texts [B, K, D], not normalised; choices int64 [b, B]: which of the K texts of another image is asked of
+    an own one (those of the image itself all are). The logit is scale * cos(image as the text pools it, text) + bias; the sum
+    of -log sigmoid is divided by B + K - 1, the texts asked of an image. A scalar.
     """
     own, batch, count = len(patches), len(texts), texts.shape[1]
     rows = torch.arange(own, device=patches.device)
@@ -123,8 +124,8 @@ def conditioned_loss(
 def multi_positive_loss(images: Tensor, texts: Tensor, first: int, scale: Tensor | float, bias: Tensor | float) -> Tensor:
     """The multi-positive sigmoid loss (equation 6), of the images from `first` on: their part of a sum over all images.
 
-    images [b, D], L2-normalised; texts [B, K, D], not normalised. Every text is asked of every image; the sum of -log sigmoid is
-    divided by B * K. A scalar.
+    images [b, D], L2-normalised; texts [B, K, D], not normalised. Every text is asked of every image; the sum of -log sigmoid
+    is divided by B * K. A scalar.
     """
     batch, count = texts.shape[:2]
     logits = scale * images @ F.normalize(texts, dim=-1).flatten(0, 1).T + bias  # [b, B*K]

@@ -4,7 +4,9 @@
     fast-goal compare models:/fast-goal@champion 1a2b3c4d --format md
 
 Only what differs is printed: parameters, metrics with the difference from the first run, commit and digests. `--all` prints
-what is equal too, and the load of the machine.
+what is equal too, and the load of the machine. What some of the runs lack (an objective's own terms, a task of some models
+alone) stands in tables of its own; so does what a model with text-conditioned pooling was asked in each of its modes, beside
+what the others were asked in theirs, which is `global`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fast_goal.errors import FastGoalError
+from fast_goal.evaluation.headline import MODES
 from fast_goal.tracking.lookup import Recorded, read_runs
 
 if TYPE_CHECKING:
@@ -27,8 +30,13 @@ if TYPE_CHECKING:
 FACTS = {"git_commit": "commit", "git_dirty": "uncommitted changes", "dvc_lock": "dvc.lock", "experiment": "experiment"}
 HIDDEN = "system/"  # metrics: the load of the machine
 # Words at the end of a metric's name, or of one of its parts, by which of two values is better.
-LOWER = re.compile(r"(^|[._])(loss|global|local|tsl_image|tsl_text|rank|seconds|seconds_total|memory_gb|skipped|drop)([._]|$)")
-HIGHER = re.compile(r"(^|[._])(R(_at_)?\d+|hit(_at_)?\d+|mAP(_at_)?\d+|mrr|samples_per_second)([._]|$)")
+HIGHER = re.compile(
+    r"(^|[._])(R(_at_)?\d+|hit(_at_)?\d+|mAP(_at_)?\d+|mrr|accuracy(_at_)?\d*|macro|mIoU|IoU|samples_per_second)([._]|$)"
+)
+LOWER = re.compile(
+    r"(^|[._])(loss|global|local|tsl_image|tsl_text|igc|tgc|distillation|tcs|mps|rank|seconds|seconds_total|memory_gb|skipped|drop)"
+    r"([._]|$)"
+)
 PIPED_WIDTH = 10_000  # nothing is wrapped that a program may read
 
 
@@ -42,6 +50,10 @@ class Row:
     @property
     def differs(self) -> bool:
         return any(value != self.values[0] for value in self.values)
+
+    @property
+    def complete(self) -> bool:
+        return None not in self.values
 
 
 @dataclass(frozen=True)
@@ -86,12 +98,47 @@ def compare(runs: Sequence[Recorded], everything: bool = False) -> Comparison:
     def metrics(one: Recorded) -> dict[str, float]:
         return {name: value for name, value in one.metrics.items() if everything or HIDDEN not in name}
 
-    about = rows(lambda one: {title: one.tags.get(tag) for tag, title in FACTS.items()} | {"status": one.status})
+    def facts(one: Recorded) -> dict[str, Any]:
+        told = {title: one.tags.get(tag) for tag, title in FACTS.items()}
+        return {"objective": one.params.get("objective.name"), **told, "status": one.status}
+
+    about = sorted(rows(facts), key=lambda row: row.name != "objective")
     return Comparison(runs, about, rows(lambda one: one.datasets), rows(lambda one: one.params), rows(metrics))
+
+
+def by_mode(found: Comparison) -> dict[str, dict[int, dict[str, float]]]:
+    """What runs were asked in their modes: by what was measured, run (its place) and mode.
+
+    The metrics are those of the task `conditioned`; a run without them has those of the plain tasks, as `global`.
+    """
+    asked: dict[str, dict[int, dict[str, float]]] = {}
+    for place, one in enumerate(found.runs):
+        for name, value in one.metrics.items():
+            if (told := _mode_of(name)) is not None:
+                asked.setdefault(told[0], {}).setdefault(place, {})[told[1]] = value
+    for what, runs in asked.items():
+        data, _, rest = what.partition(".")
+        task, _, rest = rest.partition(".")
+        for place, one in enumerate(found.runs):
+            plain = one.metrics.get(f"{data}.{task}.finetuned.{rest}")
+            if place not in runs and plain is not None:
+                runs[place] = {"global": plain}
+    return asked
+
+
+def _mode_of(name: str) -> tuple[str, str] | None:
+    """What a metric of the task `conditioned` measures, without task and model, and its mode; None for any other."""
+    data, task, *rest = [*name.split("."), ""]
+    modes = [part for part in rest if part in MODES]
+    if task != "conditioned" or not modes:
+        return None
+    return ".".join(part for part in (data, *rest) if part and part not in (modes[0], "finetuned")), modes[0]
 
 
 def direction(name: str) -> str | None:
     """Which values of a metric are better, `higher` or `lower`; None where the name does not say."""
+    if (told := _mode_of(name)) is not None:
+        return direction(told[0])  # `global` is a mode there, not a loss
     if LOWER.search(name):
         return "lower"
     return "higher" if HIGHER.search(name) else None
@@ -173,13 +220,38 @@ def _tables(found: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
     started = ["started", *(f"{one.started:%Y-%m-%d %H:%M} UTC" for one in found.runs)]
     took = ["took", *("" if one.seconds is None else f"{one.seconds:,.0f} s" for one in found.runs)]
     made = [("Runs", ["", *names], [started, took, *([row.name, *map(_text, row.values)] for row in found.about)])]
-    for title, rows in (("Data sets", found.datasets), ("Parameters", found.params)):
+    parts = [
+        ("Data sets", found.datasets),
+        ("Parameters", [row for row in found.params if row.complete]),
+        ("Parameters that not every run has", [row for row in found.params if not row.complete]),
+    ]
+    for title, rows in parts:
         if rows:
             made.append((title, ["", *names], [[row.name, *map(_text, row.values)] for row in rows]))
-    if found.metrics:
+    if asked := by_mode(found):
+        made.append(("Ways of asking", *_mode_table(asked, names)))
+    complete = [row for row in found.metrics if row.complete]
+    if complete:
         later = [cell for name in names[1:] for cell in (name, "difference")]
-        made.append(("Metrics", ["", names[0], *later], [_metric(row) for row in found.metrics]))
+        made.append(("Metrics", ["", names[0], *later], [_metric(row) for row in complete]))
+    others = [row for row in found.metrics if not row.complete and _mode_of(row.name) is None]
+    if others:
+        body = [[row.name, *map(_text, row.values)] for row in others]
+        made.append(("Metrics that not every run has", ["", *names], body))
     return made
+
+
+def _mode_table(asked: dict[str, dict[int, dict[str, float]]], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """A column for each run and mode that anything was measured in."""
+    columns = [
+        (place, mode)
+        for place in range(len(names))
+        for mode in MODES
+        if any(mode in runs.get(place, {}) for runs in asked.values())
+    ]
+    header = ["", *(f"{names[place]} {mode}" for place, mode in columns)]
+    body = [[what, *(_text(runs.get(place, {}).get(mode)) for place, mode in columns)] for what, runs in sorted(asked.items())]
+    return header, body
 
 
 def _metric(row: Row) -> list[str]:

@@ -3,6 +3,9 @@
     fast-goal embed my_photos --output photos.parquet
     fast-goal embed captions.csv --column caption --output captions.parquet
 
+With --patches the file also has what a text-conditioned pooling (FLAIR) compares; with --against images and texts are
+compared right away: operations/scores.py.
+
 Features go to the store of the evaluation (.fast_goal/features), by the content of the image or text, as they are computed:
 a run that was killed goes on, and an image that was added costs only itself. The file is written when all are there. What
 could not be embedded stands in OUTPUT.skipped.parquet with the reason.
@@ -16,7 +19,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,21 +30,24 @@ from fast_goal.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np
-    import pyarrow as pa
 
-    from fast_goal.evaluation.features import FeatureStore
+    from fast_goal.evaluation.features import FeatureStore, ImageFile
+    from fast_goal.model.clip import Clip
     from fast_goal.tracking.located import Located
 
 CHUNK = 512  # images or texts between two writes, a guess: a kill costs at most the work on these
 AHEAD = 3  # batches that are decoded while the model is busy
 WRITTEN = 8192  # rows in a row group
+NUMBERS = 1 << 24  # in a row group with patches, which are many; a guess
 KEY = "fast_goal.key"  # in the file's metadata: all that the rows depend on
+CUT_OFF = "fast_goal.cut_off"  # texts
+PATCHES = "fast_goal.patches"  # N and D of a row of patches, which is a flat list
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is to be embedded, in the order of the output. columns: the output's columns beside `embedding`, names and
-    values. skipped: what is already known not to be usable, (row or path, reason)."""
+    """What is to be embedded, in the order of the output. columns: the output's columns beside those of numbers, names and
+    values. skipped: what is known not to be usable, (row or path, reason)."""
 
     kind: str  # "images" or "texts"
     items: list[Any]  # paths, or texts
@@ -58,40 +64,81 @@ class _Image(NamedTuple):
     reason: str
 
 
-def run(source: Path, output: Path, model: str, batch_size: int = 64, column: str = "text") -> str:
+class Model(NamedTuple):
+    """What embeds. key: all that its features depend on."""
+
+    located: Located
+    clip: Clip
+    key: str
+
+    def store(self, batch_size: int) -> FeatureStore:
+        """The store of its features."""
+        from fast_goal.evaluation.features import FOLDER, FeatureStore
+
+        return FeatureStore(FOLDER, self.clip, device(), batch_size)
+
+    def described(self) -> dict[str, str]:
+        """For the metadata of a file."""
+        located = self.located
+        version = {} if located.version is None else {"fast_goal.model_version": str(located.version)}
+        return {
+            "fast_goal.model": located.uri,
+            "fast_goal.model_name": located.name,
+            "fast_goal.model_digest": located.digest,
+            **version,
+        }
+
+
+def run(source: Path, output: Path, model: str, batch_size: int = 64, column: str = "text", patches: bool = False) -> str:
     """Writes `output` and OUTPUT.skipped.parquet; returns a line on what was done.
 
-    Nothing is computed where `output` is already that of this source and model. Raises DataError for a source with nothing
-    to embed, ModelError for a model that is not there.
+    patches: also the projected patches of the images, or the queries of the texts. Nothing is computed where `output` is
+    already that of this source and model. Raises DataError for a source with nothing to embed, ModelError for a model that is
+    not there.
     """
+    check_output(output)
+    found = find_images(source) if source.is_dir() else find_texts(source, column)
+    opened = open_model(model)
+    key = digest([found.kind, found.digest, opened.key, *["patches"] * patches])
+    if is_made(output, key):
+        return f"{output} is that of this source and model already: nothing to do"
+    store = opened.store(batch_size)
+    embed = _images_and_parts if found.kind == "images" else _texts_and_parts
+    kept, parts, notes = embed(store, found, patches)
+    skipped = write_skipped(output, found.skipped)
+    if not kept:
+        raise DataError(f"{source}: none of the {len(found.skipped)} {found.kind} can be embedded; {skipped} has the reasons")
+    about = {KEY: key, **opened.described(), "fast_goal.source": str(source), "fast_goal.skipped": str(len(found.skipped))}
+    columns = {name: [values[row] for row in kept] for name, values in found.columns.items()}
+    _write(output, columns, parts, {**about, **notes})
+    told = f"{output}: {len(kept)} {found.kind}, {store.clip.embed_dim} numbers each{_more_note(notes)}"
+    return f"{told}{skipped_note(found.skipped, skipped)}{cut_note(notes, len(kept))}"
+
+
+def check_output(output: Path) -> None:
+    """Raises DataError unless the name is that of a parquet file."""
     if output.suffix != ".parquet":
         raise DataError(f"--output {output}: the file is written as parquet; give it a name that ends in .parquet")
-    found = _images(source) if source.is_dir() else _texts(source, column)
+
+
+def open_model(uri: str) -> Model:
+    """The model of a URI or folder. Raises ModelError."""
     prepare()
-    from fast_goal.evaluation.features import FOLDER, FeatureStore, store_key
+    from fast_goal.evaluation.features import store_key
     from fast_goal.model.clip import Clip
     from fast_goal.tracking.located import locate
 
-    located = locate(model)
+    located = locate(uri)
     clip = Clip.load(located.folder)
-    key = digest([found.kind, found.digest, store_key(clip, "fp32")])
-    skipped_file = output.with_name(f"{output.stem}.skipped.parquet")
-    if _key(output) == key and skipped_file.is_file():
-        return f"{output} is that of this source and model already: nothing to do"
-    store = FeatureStore(FOLDER, clip, device(), batch_size)
-    embed = _embed_images if found.kind == "images" else _embed_texts
-    kept, features, notes = embed(store, found)
-    skipped = sorted(found.skipped)
-    _write_skipped(skipped_file, skipped)
-    if not kept:
-        raise DataError(f"{source}: none of the {len(skipped)} {found.kind} can be embedded; {skipped_file} has the reasons")
-    about = {KEY: key, **_about(located, found, source), **notes}
-    _write(output, found, kept, features, clip.embed_dim, about)
-    told = f"; {len(skipped)} skipped, with reasons in {skipped_file}" if skipped else ""
-    return f"{output}: {len(kept)} {found.kind}, {clip.embed_dim} numbers each{told}{_cut_note(notes, len(kept))}"
+    return Model(located, clip, store_key(clip, "fp32"))
 
 
-def _images(folder: Path) -> Source:
+def is_made(output: Path, key: str) -> bool:
+    """Whether an earlier call with this key wrote the output."""
+    return _key(output) == key and _skipped_file(output).is_file()
+
+
+def find_images(folder: Path) -> Source:
     """The image files below a folder, by their names."""
     from fast_goal.data.images import SUFFIXES
 
@@ -114,7 +161,7 @@ def _images(folder: Path) -> Source:
     return Source("images", [folder / name for name in names], {"path": names}, [], digest(marks))
 
 
-def _texts(path: Path, column: str) -> Source:
+def find_texts(path: Path, column: str) -> Source:
     """The texts of a table. Their `id` is the column of that name, else the number of the row."""
     from fast_goal.data.caption_table import read_caption_table
     from fast_goal.tracking.pyfunc import checked_text
@@ -142,15 +189,16 @@ def _texts(path: Path, column: str) -> Source:
     return Source("texts", texts, {"id": ids, "text": texts}, skipped, f"{column} {file_digest(path)}")
 
 
-def _embed_images(store: FeatureStore, source: Source) -> tuple[list[int], Iterator[np.ndarray], dict[str, str]]:
-    """The rows that could be embedded, and their features [.., D] in parts of WRITTEN rows."""
+def embed_images(store: FeatureStore, source: Source, patches: bool = False) -> tuple[list[int], list[ImageFile]]:
+    """Computes what the store lacks of the images, and of their patches if asked for; returns the rows that could be embedded,
+    and their files. The reasons of the others are added to `source.skipped`."""
     from fast_goal.evaluation.features import ImageFile
 
     kept: list[ImageFile] = []
     rows: list[int] = []
     with Progress("embed", len(source.items), "images") as progress:
         try:
-            for row, (path, image) in enumerate(zip(source.items, _read(source.items, store), strict=True)):
+            for row, (path, image) in enumerate(zip(source.items, _read(source.items, store, patches), strict=True)):
                 file = ImageFile(path, (0, 0), image.content)
                 if image.reason:
                     source.skipped.append((source.columns["path"][row], image.reason))
@@ -160,8 +208,8 @@ def _embed_images(store: FeatureStore, source: Source) -> tuple[list[int], Itera
                 if image.pixels is None and not image.reason:
                     progress.add(0, 1)  # it was there, and says nothing of the rate
                 else:
-                    if image.pixels is not None and store.lacks(file, None, []):
-                        store.push(file, None, image.pixels, [])
+                    if image.pixels is not None and store.lacks(file, None, [], patches):
+                        store.push(file, None, image.pixels, [], patches)
                     progress.update(skipped=len(source.skipped))
                 if row % CHUNK == CHUNK - 1:
                     store.compute()
@@ -169,25 +217,61 @@ def _embed_images(store: FeatureStore, source: Source) -> tuple[list[int], Itera
             store.compute()
         finally:
             store.flush()
-    parts = (store.images(kept[start : start + WRITTEN]).numpy() for start in range(0, len(kept), WRITTEN))
-    return rows, parts, {}
+    return rows, kept
 
 
-def _read(paths: Sequence[Path], store: FeatureStore) -> Iterator[_Image]:
+def embed_texts(store: FeatureStore, texts: list[str]) -> dict[str, str]:
+    """Computes what the store lacks of the texts; returns how many were cut off, for the metadata of a file."""
+    store.add_texts(((text, None) for text in texts), "embed")
+    return {CUT_OFF: str(int((store.lengths(texts) > store.context_length).sum()))}
+
+
+def _images_and_parts(
+    store: FeatureStore, source: Source, patches: bool
+) -> tuple[list[int], Iterator[dict[str, np.ndarray]], dict[str, str]]:
+    """The rows that could be embedded, the columns of their numbers [.., D] in parts, and notes for the metadata."""
+    rows, files = embed_images(store, source, patches)
+    width, count = store.clip.embed_dim, store.patch_count
+
+    def part(some: list[ImageFile]) -> dict[str, np.ndarray]:
+        own = {"patches": store.tokens(some).flatten(1).numpy()} if patches else {}
+        return {"embedding": store.images(some).numpy(), **own}
+
+    size = min(WRITTEN, max(1, NUMBERS // (count * width))) if patches else WRITTEN
+    parts = (part(files[start : start + size]) for start in range(0, len(files), size))
+    return rows, parts, {PATCHES: f"{count} {width}"} if patches else {}
+
+
+def _texts_and_parts(
+    store: FeatureStore, source: Source, patches: bool
+) -> tuple[list[int], Iterator[dict[str, np.ndarray]], dict[str, str]]:
+    """As `_images_and_parts`."""
+    texts: list[str] = source.items
+    notes = embed_texts(store, texts)
+
+    def part(some: list[str]) -> dict[str, np.ndarray]:
+        own = {"queries": store.queries(some).numpy()} if patches else {}
+        return {"embedding": store.texts(some)[0].numpy(), **own}
+
+    parts = (part(texts[start : start + WRITTEN]) for start in range(0, len(texts), WRITTEN))
+    return list(range(len(texts))), parts, notes
+
+
+def _read(paths: Sequence[Path], store: FeatureStore, patches: bool) -> Iterator[_Image]:
     """Each file in turn, read by threads ahead of the one who asks."""
     pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
     try:
         waiting: deque[Future[_Image]] = deque()
         following = iter(paths)
-        waiting.extend(pool.submit(_read_one, path, store) for path in islice(following, AHEAD * store.batch_size))
+        waiting.extend(pool.submit(_read_one, path, store, patches) for path in islice(following, AHEAD * store.batch_size))
         while waiting:
             yield waiting.popleft().result()
-            waiting.extend(pool.submit(_read_one, path, store) for path in islice(following, 1))
+            waiting.extend(pool.submit(_read_one, path, store, patches) for path in islice(following, 1))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _read_one(path: Path, store: FeatureStore) -> _Image:
+def _read_one(path: Path, store: FeatureStore, patches: bool) -> _Image:
     import numpy as np
 
     from fast_goal.data.images import open_image
@@ -198,7 +282,7 @@ def _read_one(path: Path, store: FeatureStore) -> _Image:
     except OSError as error:
         return _Image("", None, f"the file cannot be read ({error.strerror or error})")
     name = hashlib.sha256(content).hexdigest()
-    if not store.lacks(ImageFile(path, (0, 0), name), None, []):
+    if not store.lacks(ImageFile(path, (0, 0), name), None, [], patches):
         return _Image(name, None, "")
     try:
         image = open_image(path, content)
@@ -207,61 +291,58 @@ def _read_one(path: Path, store: FeatureStore) -> _Image:
     return _Image(name, np.asarray(store.clip.view(*image.size).pixels(image)).transpose(2, 0, 1), "")
 
 
-def _embed_texts(store: FeatureStore, source: Source) -> tuple[list[int], Iterator[np.ndarray], dict[str, str]]:
-    """As `_embed_images`, and how many of the texts were cut off."""
-    texts: list[str] = source.items
-    store.add_texts(((text, None) for text in texts), "embed")
-    cut = int((store.lengths(texts) > store.context_length).sum())
-    parts = (store.texts(texts[start : start + WRITTEN])[0].numpy() for start in range(0, len(texts), WRITTEN))
-    return list(range(len(texts))), parts, {"fast_goal.cut_off": str(cut)}
+def skipped_note(skipped: list[tuple[str, str]], file: Path) -> str:
+    """The end of a sentence on what was done."""
+    return f"; {len(skipped)} skipped, with reasons in {file}" if skipped else ""
 
 
-def _about(located: Located, found: Source, source: Path) -> dict[str, str]:
-    version = {} if located.version is None else {"fast_goal.model_version": str(located.version)}
-    return {
-        "fast_goal.model": located.uri,
-        "fast_goal.model_name": located.name,
-        "fast_goal.model_digest": located.digest,
-        "fast_goal.source": str(source),
-        "fast_goal.skipped": str(len(found.skipped)),
-        **version,
-    }
-
-
-def _cut_note(notes: dict[str, str], count: int) -> str:
-    cut = int(notes.get("fast_goal.cut_off", 0))
+def cut_note(notes: dict[str, str], count: int) -> str:
+    """As `skipped_note`, on `count` texts."""
+    cut = int(notes.get(CUT_OFF, 0))
     return f"; {cut} of {count} texts are longer than the model reads and were cut off" if cut else ""
 
 
-def _write(
-    output: Path, source: Source, kept: list[int], features: Iterator[np.ndarray], width: int, about: dict[str, str]
-) -> None:
-    """The table: the source's columns and `embedding`, float32 [D], of the rows that were kept."""
+def _more_note(notes: dict[str, str]) -> str:
+    return f", and {notes[PATCHES].partition(' ')[0]} patches of as many" if PATCHES in notes else ""
+
+
+def _write(output: Path, columns: dict[str, list[str]], parts: Iterator[dict[str, np.ndarray]], about: dict[str, str]) -> None:
+    """The table: the columns, and those of numbers, float32 lists of fixed size, which come in parts."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    fields = [pa.field(name, pa.string()) for name in source.columns]
-    schema = pa.schema([*fields, pa.field("embedding", pa.list_(pa.float32(), width))], metadata=about)
+    first = next(parts)
+    fields = [pa.field(name, pa.string()) for name in columns]
+    fields += [pa.field(name, pa.list_(pa.float32(), values.shape[1])) for name, values in first.items()]
+    schema = pa.schema(fields, metadata=about)
     with atomic_path(output) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         done = 0
-        for part in features:
-            rows = kept[done : done + len(part)]
-            done += len(part)
-            columns: list[pa.Array] = [
-                pa.array([values[row] for row in rows], pa.string()) for values in source.columns.values()
+        for part in chain([first], parts):
+            count = len(part["embedding"])
+            words: list[pa.Array] = [pa.array(values[done : done + count], pa.string()) for values in columns.values()]
+            lists = [
+                pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1), pa.float32()), values.shape[1])
+                for values in part.values()
             ]
-            vectors = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1), pa.float32()), width)
-            writer.write_table(pa.table([*columns, vectors], schema=schema))
+            writer.write_table(pa.table([*words, *lists], schema=schema))
+            done += count
 
 
-def _write_skipped(path: Path, skipped: list[tuple[str, str]]) -> None:
+def write_skipped(output: Path, skipped: list[tuple[str, str]]) -> Path:
+    """Writes what could not be embedded, with the reasons, beside `output`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names, reasons = [name for name, _ in skipped], [reason for _, reason in skipped]
+    path, rows = _skipped_file(output), sorted(skipped)
+    names, reasons = [name for name, _ in rows], [reason for _, reason in rows]
     table = pa.table({"item": pa.array(names, pa.string()), "reason": pa.array(reasons, pa.string())})
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary)
+    return path
+
+
+def _skipped_file(output: Path) -> Path:
+    return output.with_name(f"{output.stem}.skipped.parquet")
 
 
 def _key(output: Path) -> str | None:

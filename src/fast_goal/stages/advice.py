@@ -183,6 +183,14 @@ def _inputs(training: Training, params: Params, clip: Clip, objective: Objective
         tokens, negatives, said = _hard(training, params, context, caption)
         inputs = inputs._replace(negative_tokens=tokens, negatives=negatives)
         seen += f"; hard negatives per caption: {negatives}, of {said}"
+    if (drawn := objective.sub_captions) is not None:
+        tokens = min(ASSUMED_SENTENCE, context)
+        said = f"{tokens} tokens (a guess)"
+        if table.is_file():
+            tokens = _longest_part(itertools.chain.from_iterable(captions_of(own, "long")), drawn.most_sentences, context)
+            said = f"up to {tokens} tokens"
+        inputs = inputs._replace(sub_tokens=tokens, sub_captions=drawn.count)
+        seen += f"; sub-captions per caption: {drawn.count}, of {said}"
     return inputs, seen
 
 
@@ -218,6 +226,17 @@ def _longest(texts: Iterable[str], context_length: int) -> int:
 
     longest = heapq.nlargest(LONGEST_TEXTS, texts, key=lambda text: len(text.encode()))
     return min(int(tokenize(longest, context_length)[1].max()), context_length) if longest else context_length
+
+
+def _longest_part(captions: Iterable[str], sentences: int, context_length: int) -> int:
+    """Tokens of the longest so many sentences of one of the longest captions, at most the context."""
+    from fast_goal.data.captions import split_sentences
+
+    parts = []
+    for caption in heapq.nlargest(LONGEST_TEXTS, captions, key=lambda text: len(text.encode())):
+        found = (sentence.text for sentence in split_sentences(caption))
+        parts.append(" ".join(heapq.nlargest(sentences, found, key=lambda text: len(text.encode()))))
+    return _longest(parts, context_length)
 
 
 def _plans(now: Plan, may_bf16: bool, samples: int) -> list[Plan]:

@@ -89,7 +89,8 @@ def _pairs(name: str) -> Any:
 
 def _draw(name: str, study: Study, metrics: Mapping[str, Any]) -> list[Picture]:
     """Draws the pictures of one data set, those for which it has something to show."""
-    from fast_goal.evaluation import examples, pictures
+    from fast_goal.evaluation import examples, patch_pictures, pictures
+    from fast_goal.evaluation.attention import has_pooling
     from fast_goal.evaluation.report import Picture
 
     config, count, drawn = study.config, study.config.pictures, []
@@ -143,6 +144,44 @@ def _draw(name: str, study: Study, metrics: Mapping[str, Any]) -> list[Picture]:
                 f"The similarity of each patch with a sentence, for {len(located)} sentences of {name} drawn at random, not "
                 "chosen. Dashed: the sentence's box. A tick or a cross: the most similar patch, inside or outside.",
             )
+    if metrics.get("conditioned"):
+        patch_pictures.draw_modes(metrics["conditioned"], config.ks, name, file("modes"))
+        add(
+            "modes",
+            "Recall by mode",
+            f"Recall at k on {name} of the fine-tuned model, asked by its plain embeddings (global, dashed), by those that "
+            "each text pools (conditioned, solid), and by the plain ones first and the best again by the others (rerank, "
+            "dash-dotted).",
+        )
+    if count and has_pooling(study.stores["finetuned"]) and (looks := examples.attentions(study, count)):
+        patch_pictures.draw_attention(looks, file("attention"))
+        box = ", with the box of what it speaks of (dashed)" if looks[0].attention.box is not None else ""
+        add(
+            "attention",
+            "Where a sentence looks",
+            f"{len(looks)} sentences of {name}, drawn at random, not chosen: the image{box}; how much the pooling of the "
+            "fine-tuned model takes from each patch, the mean over its heads; and the cosine of each patch with the sentence, "
+            "of both models. A mark stands on the patch of the largest number: a tick inside the box, a cross outside.",
+        )
+        patch_pictures.draw_words(looks, file("words"))
+        add(
+            "words",
+            "Where words look",
+            "The same sentences, and where words of them look when they ask alone, as they stand, in no prompt: the "
+            f"{examples.WORDS} words that the fewest captions of {name} have, and the phrase of the rarest. The box is that of "
+            "the whole sentence.",
+        )
+    for suite, found in metrics.get("segmentation", {}).items() if count else ():
+        shown, kind = examples.segmentations(study, suite, count), f"segmentation_{suite}"
+        names = list(study.asked.masks.segments[suite]["names"])
+        patch_pictures.draw_segmentation(shown, names, f"The class of each pixel ({suite})", file(kind))
+        add(
+            kind,
+            f"Classes of pixels: {suite}",
+            f"{len(shown)} images of {name}, drawn at random, not chosen: the true class of each pixel, and the class that "
+            f"each model finds among the {found['names']} of {suite}. Grey: no class, or not seen. Pale: what a model says of "
+            "pixels that have no class, which do not count.",
+        )
     for task, title, asked in (
         ("composition", "True and false captions", "told its own caption from all the foils"),
         ("zero_shot", "Classification", "found the right class"),

@@ -30,7 +30,7 @@ def main(params: Params, track: Tracker) -> None:
     from fast_goal.evaluation.headline import headline
     from fast_goal.tracking import identity
     from fast_goal.tracking.model_card import model_card
-    from fast_goal.tracking.registry import Measured, model_digest, register
+    from fast_goal.tracking.registry import Measured, model_digest, pooling_heads, register
 
     digest = model_digest(MODEL)
     metrics = _read(REPORT, "evaluate")
@@ -46,7 +46,7 @@ def main(params: Params, track: Tracker) -> None:
     }
     if params.intermediate.dataset is not None:
         tags["intermediate_dataset"] = params.intermediate.dataset
-    card = model_card(params, datasets, metrics, {**tags, "model_digest": digest})
+    card = model_card(params, datasets, metrics, {**tags, "model_digest": digest}, pooling_heads(MODEL))
     digests = {info["name"]: info["digest"] for info in datasets}
     measured = [Measured(name, digests[name], headline({name: metrics[name]})) for name in params.evaluate.datasets]
     registration, is_new = register(

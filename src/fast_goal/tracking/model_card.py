@@ -91,12 +91,17 @@ def _in_table(path: Sequence[str]) -> bool:
 
 
 def model_card(
-    params: Params, datasets: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any], tags: Mapping[str, str]
+    params: Params,
+    datasets: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, Any],
+    tags: Mapping[str, str],
+    heads: int | None = None,
 ) -> str:
     """The card as Markdown.
 
     datasets: the contents of data/records/<name>.json, those trained on first. metrics: models/reports/metrics.json.
-    tags: what the registered version carries (commit, digests).
+    tags: what the registered version carries (commit, digests). heads: of the model's text-conditioned pooling, None if it has
+    none.
     """
     base, first = params.base, params.intermediate
     scratch = base.kind == "scratch"
@@ -135,11 +140,12 @@ def model_card(
             "length; their dot product is the similarity. Needed is what the model's requirements.txt lists. The files below "
             "`data/` are an open_clip folder: `open_clip.create_model_and_transforms('local-dir:...')` loads it.",
             "",
+            *_pooling(heads),
             "## Method",
             f"From {origin}, fine-tuned "
             + (f"first on `{first.dataset}` {_training(first.objective, first.training)}; then " if first.dataset else "")
             + f"on `{params.download.train_dataset}` {_training(params.objective, params.finetune)}. Seed {params.seed}. Text "
-            f"context: {base.context_length} tokens.{_local_pairs(params)}{_hard_negatives(params)}",
+            f"context: {base.context_length} tokens.{_local_pairs(params)}{_sub_captions(params)}{_hard_negatives(params)}",
             "",
             "## Data",
             *[_dataset_line(info, params) for info in datasets],
@@ -176,6 +182,36 @@ def _local_pairs(params: Params) -> str:
     if not flism.splits:
         return ""
     return f" Pairs of region and sentence were found by FLISM (regions: {flism.regions}, best {flism.top_k} per image)."
+
+
+def _pooling(heads: int | None) -> list[str]:
+    """How to ask a model with text-conditioned pooling."""
+    if heads is None:
+        return []
+    return [
+        "## Text-conditioned pooling",
+        f"Beside its embeddings the model has a pooling of {heads} heads (FLAIR, `pooling.safetensors`): each text decides "
+        "which patches of an image count for it. Rows of images and texts are compared with",
+        "```python",
+        'model.predict(rows, params={"output": "scores", "mode": "conditioned"})["scores"]',
+        "```",
+        "`conditioned`: every image as each text sees it; slower, without an embedding to keep. `global` (no `mode` given): "
+        "the product of the embeddings. `rerank`: `conditioned` only for the best `top_k` (128) texts of each image and images "
+        "of each text by `global`; the others have no score. open_clip loads the model without its pooling: that is `global`.",
+        "",
+    ]
+
+
+def _sub_captions(params: Params) -> str:
+    """What is drawn from the captions, for the objective or a part of it."""
+    parts = [params.objective, *(parts_of(params.objective) or {}).values()]
+    drawn = next((part["sub_captions"] for part in parts if part.get("sub_captions")), None)
+    if drawn is None:
+        return ""
+    return (
+        f" {drawn['count']} sub-captions of each caption and epoch, of 1 to {drawn['most_sentences']} sentences, "
+        f"{100 * drawn['consecutive']:.0f} % of them in a row."
+    )
 
 
 def _hard_negatives(params: Params) -> str:

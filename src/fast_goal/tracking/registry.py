@@ -22,7 +22,7 @@ import numpy as np
 
 from fast_goal.errors import ModelError
 from fast_goal.files import tree_digest
-from fast_goal.tracking.pyfunc import COLUMNS, OUTPUTS
+from fast_goal.tracking.pyfunc import COLUMNS, MODES, OUTPUTS, TOP_K
 from fast_goal.tracking.server import connect, tracking_uri
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).parents[1]
 MODEL_FILES = ("open_clip_config.json", "open_clip_model.safetensors")
+POOLING_FILE = "pooling.safetensors"  # beside them, of a model with text-conditioned pooling
 # what the modules that load and embed import, by their names on the package index
 REQUIREMENTS = ("mlflow", "numpy", "open_clip_torch", "pandas", "pillow", "pyyaml", "safetensors", "torch", "torchvision")
 LOGGED_MODEL = re.compile(r"models:/(?P<id>m-[^/]+)")  # the source of a version
@@ -74,11 +75,22 @@ class Measured:
 
 
 def model_digest(folder: Path) -> str:
-    """What makes two models the same: configuration and weights. Raises ModelError if one of the files is missing."""
+    """What makes two models the same: configuration and weights, those of a pooling too. Raises ModelError if one of the files
+    is missing."""
     for name in MODEL_FILES:
         if not (folder / name).is_file():
             raise ModelError(f"{folder / name} does not exist. `dvc repro` makes it.")
-    return tree_digest(folder, lambda path: path.name in MODEL_FILES)
+    return tree_digest(folder, lambda path: path.name in (*MODEL_FILES, POOLING_FILE))
+
+
+def pooling_heads(folder: Path) -> int | None:
+    """The number of heads of a model's text-conditioned pooling, None where it has none."""
+    from safetensors import safe_open
+
+    if not (folder / POOLING_FILE).is_file():
+        return None
+    with safe_open(folder / POOLING_FILE, framework="numpy") as stored:
+        return int(stored.metadata()["heads"])
 
 
 def register(
@@ -105,7 +117,7 @@ def register(
         is_new = version is None
         if version is None:
             version = _create(client, experiment_id, folder, name, {**tags, "model_digest": digest}, run_id)
-        _check_loads(name, version)
+        _check_loads(name, version, (folder / POOLING_FILE).is_file())
         client.update_model_version(name, version.version, _shorten(description))
         logged = LOGGED_MODEL.fullmatch(version.source or "")
         if run_id is not None and logged is not None:
@@ -144,7 +156,8 @@ def input_example() -> pd.DataFrame:
 
 def signature() -> ModelSignature:
     """All columns are optional and of any type MLflow can carry: an image may be bytes or base64 text. Which columns come out
-    depends on the parameter `output`: `embedding`, or for `scores` the others."""
+    depends on the parameter `output`: `embedding`, or for `scores` the others. `mode` says how images and texts are compared,
+    and `top_k` how many of them again for `rerank`; a model without text-conditioned pooling has the mode `global` alone."""
     from mlflow.models import ModelSignature
     from mlflow.types.schema import AnyType, Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
@@ -157,7 +170,13 @@ def signature() -> ModelSignature:
     return ModelSignature(
         inputs=Schema([ColSpec(AnyType(), name, required=False) for name in COLUMNS]),
         outputs=Schema([ColSpec(kind, name, required=False) for name, kind in outputs.items()]),
-        params=ParamSchema([ParamSpec("output", DataType.string, OUTPUTS[0])]),
+        params=ParamSchema(
+            [
+                ParamSpec("output", DataType.string, OUTPUTS[0]),
+                ParamSpec("mode", DataType.string, MODES[0]),
+                ParamSpec("top_k", DataType.long, TOP_K),
+            ]
+        ),
     )
 
 
@@ -222,15 +241,17 @@ def _link(client: MlflowClient, model_id: str, run_id: str, measured: Sequence[M
             client.log_outputs(above, [LoggedModelOutput(model_id, step=0)])
 
 
-def _check_loads(name: str, version: ModelVersion) -> None:
-    """Loads the version as a user would and embeds the example."""
+def _check_loads(name: str, version: ModelVersion, pooled: bool) -> None:
+    """Loads the version as a user would and embeds the example, and compares what is in it by the pooling if there is one."""
     import mlflow
 
     mlflow.set_tracking_uri(tracking_uri())
     uri = f"models:/{name}/{version.version}"
     try:
-        made = mlflow.pyfunc.load_model(uri).predict(input_example())
-        lengths = np.linalg.norm(np.array(made["embedding"].tolist(), dtype=np.float64), axis=1)
+        model = mlflow.pyfunc.load_model(uri)
+        lengths = np.linalg.norm(np.array(model.predict(input_example())["embedding"].tolist(), dtype=np.float64), axis=1)
+        mode = {"mode": "conditioned"} if pooled else {}
+        scores = model.predict(input_example(), {"output": "scores", **mode})["scores"].tolist()
     # loading runs whatever the stored model brings along
     except Exception as error:
         raise ModelError(
@@ -239,6 +260,8 @@ def _check_loads(name: str, version: ModelVersion) -> None:
         ) from error
     if not np.allclose(lengths, 1, atol=1e-3):
         raise ModelError(f"{uri} gives embeddings of length {lengths.tolist()} instead of 1. Is the training broken (NaN)?")
+    if not np.isfinite(scores).all():
+        raise ModelError(f"{uri} gives the scores {scores}{' in the mode conditioned' * pooled}. Is the training broken (NaN)?")
 
 
 def _shorten(text: str) -> str:

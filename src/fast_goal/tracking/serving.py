@@ -1,7 +1,7 @@
 """The web application of `fast-goal serve`: MLflow's scoring protocol, and what is known of the model.
 
     POST /invocations    rows in, embeddings or scores out; the JSON forms of `mlflow models serve`
-    GET  /metadata       name, version, aliases, digest, sizes
+    GET  /metadata       name, version, aliases, digest, sizes, modes
     GET  /health, /ping  200 as soon as anything answers: the port opens when the model is loaded and has embedded
     GET  /version        of MLflow, as its own server says it
 
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from fast_goal.errors import ConfigError, DataError, ModelError
 from fast_goal.tracking.contents import Access
 from fast_goal.tracking.located import Located
-from fast_goal.tracking.pyfunc import Embedder, check_shape
+from fast_goal.tracking.pyfunc import PARAMS, Embedder, check_shape
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -153,8 +153,8 @@ def parse(body: bytes, access: Access) -> tuple[pd.DataFrame, dict[str, Any] | N
         found = f"the fields {sorted(map(str, request))[:10]}" if isinstance(request, dict) else type(request).__name__
         raise DataError(f"expected a JSON object with one of {', '.join(FORMS)}, and `params` if needed; found {found}")
     params = request.get("params")
-    if params is not None and (not isinstance(params, dict) or set(params) - {"output"}):
-        raise DataError("params: expected an object with `output` alone, which is `embedding` or `scores`")
+    if params is not None and (not isinstance(params, dict) or set(params) - {*PARAMS}):
+        raise DataError(f"params: expected an object with some of {', '.join(PARAMS)} and nothing else")
     columns, rows = _table(forms[0], request[forms[0]])
     check_shape(columns, len(rows), access)
     if not rows:
@@ -205,6 +205,7 @@ def metadata(embedder: Embedder, located: Located, access: Access, limits: Limit
         "embedding_width": clip.embed_dim,
         "image_size": clip.image_size,
         "view": clip.view_mode,
+        "modes": embedder.modes,
         "limits": {
             "rows": access.max_rows,
             "bytes": limits.max_bytes,
@@ -216,7 +217,8 @@ def metadata(embedder: Embedder, located: Located, access: Access, limits: Limit
 
 
 def check_embeds(embedder: Embedder, uri: str) -> None:
-    """Embeds an example, so that the first request is no slower than others. Raises ModelError for a model that cannot."""
+    """Embeds an example, and compares what is in it, so that the first request is no slower than others. Raises ModelError for
+    a model that cannot."""
     import numpy as np
 
     from fast_goal.tracking.registry import input_example
@@ -224,6 +226,10 @@ def check_embeds(embedder: Embedder, uri: str) -> None:
     lengths = np.linalg.norm(np.array(embedder.answer(input_example())[0]["embedding"].tolist()), axis=1)
     if not np.allclose(lengths, 1, atol=1e-3):
         raise ModelError(f"{uri} gives embeddings of length {lengths.tolist()} instead of 1: its weights are damaged")
+    for mode in embedder.modes[1:]:
+        scores = embedder.answer(input_example(), {"output": "scores", "mode": mode})[0]["scores"].tolist()
+        if not np.isfinite(scores).all():
+            raise ModelError(f"{uri} gives the scores {scores} in the mode {mode}: its weights are damaged")
 
 
 def bound(host: str, port: int) -> socket.socket:

@@ -1,10 +1,10 @@
 """The batches of fine-tuning: global images with captions, local crops with sentences, each image decoded once; and hard
-negative captions.
+negative captions, and sub-captions that are drawn when a batch is made.
 
 A sample is a caption with its image: the long one, or each of the short ones, which then share the image's local pairs.
 
 Letters: B samples of a batch, P local pairs of them (an image may have none or several), N hard negatives of their captions
-(any number, also none), S input size, L, L' and L'' token positions after trimming.
+(any number, also none), K sub-captions of a caption, S input size, L, L', L'' and L* token positions after trimming.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from fast_goal.config import FinetuneConfig
 from fast_goal.data.captions import tokenize, trim
 from fast_goal.data.records import Dataset, captions_of
 from fast_goal.data.shards import ShardImages
+from fast_goal.data.sub_captions import CHOICES, TEXTS, Sentences, choices, draw, drawing
 from fast_goal.environment import prepare
 from fast_goal.errors import ConfigError, DataError, FastGoalError
 from fast_goal.model.clip import Clip
-from fast_goal.objectives import Objective, check_captions
+from fast_goal.objectives import Objective, SubCaptions, check_captions
 from fast_goal.training.alignment import ALIGNMENTS, Alignment
 from fast_goal.training.distributed import Group, end_with
 from fast_goal.training.gpu_decoding import Encoded, GpuDecoder, check_gpu, encoded
@@ -46,6 +47,7 @@ from fast_goal.training.pixels import CachedViews
 from fast_goal.training.views import Files, Views
 
 PIXELS, SHARDS = Path(".fast_goal/pixels"), Path(".fast_goal/shards")
+SENTENCES = Path(".fast_goal/embeddings")  # where FLISM keeps their bounds
 ENDED = ("exited unexpectedly", "killed by signal")  # torch's words for a dead worker
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -66,6 +68,8 @@ class Batch:
     share a batch has in its share.
     negative_tokens [N, L'']. negative_rows [N]. negative_slots [N]: the number of a negative among those of its caption, from
     0, below `negative_count`, the most that any caption of the data set has. rank_negatives: as rank_pairs.
+    sub_tokens [B*K, L*]: the K sub-captions of each sample in turn. sub_choices int64 [B, all samples of the batch, of all
+    processes]: which sub-caption of each of them the sample is asked. None where the objective looks at none.
     """
 
     images: torch.Tensor
@@ -82,6 +86,8 @@ class Batch:
     negative_slots: torch.Tensor
     negative_count: int
     rank_negatives: tuple[int, ...]
+    sub_tokens: torch.Tensor | None = None
+    sub_choices: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; from pinned memory the copy does not wait."""
@@ -109,6 +115,10 @@ class Batch:
         edges = [torch.searchsorted(rows, bounds).tolist() for rows in (self.local_rows, self.negative_rows)]
         made = []
         for (first, last), (low, high), (start, end) in zip(*map(pairwise, (bounds.tolist(), *edges)), strict=True):
+            drawn = {}
+            if self.sub_tokens is not None:
+                tokens = self.sub_tokens.unflatten(0, (count, -1))[first:last].flatten(0, 1)
+                drawn = {"sub_tokens": trim(tokens), "sub_choices": self.sub_choices[first:last]}
             made.append(
                 Batch(
                     images=torch.cat([self.images[first:last], self.images[count + low : count + high]]),
@@ -125,6 +135,7 @@ class Batch:
                     negative_slots=self.negative_slots[start:end],
                     negative_count=self.negative_count,
                     rank_negatives=self.rank_negatives,
+                    **drawn,
                 )
             )
         # from other memory the copy to the device would wait for what the device still has to do
@@ -132,7 +143,8 @@ class Batch:
 
 
 class PairDataset(TorchDataset):
-    """The samples of one split, through the view of `clip`; `samples[indices]` is a Batch.
+    """The samples of one split, through the view of `clip`; `samples[indices]` is a Batch, that of the first epoch where the
+    epoch matters (see `batch`).
 
     With a `group` of several processes it is the batch that they share, and each gets its part of it, in the order of the
     ranks. Texts are tokenised and boxes and spans computed once, here; images are decoded when a batch is made. A sample
@@ -142,9 +154,10 @@ class PairDataset(TorchDataset):
 
     captions: `long`, or `short`, where a sentence has no span: it is not looked for in a short caption. negatives: rows of
     data.records.NEGATIVES, found by image and caption; a negative that the model would read as it reads the caption (the text
-    context ends before the two differ) is left out. negative_count: the most that a caption has.
+    context ends before the two differ) is left out. negative_count: the most that a caption has. sub_captions: what is drawn
+    from each caption; `sentences`: the folder that keeps the bounds of their sentences.
     scaled: see training/views.py. shards: a folder of tar files to read the images from. pixel_cache: the folder that keeps
-    the views. gpu: where JPEG files are decoded; `samples[indices]` is then (a Batch without images, Encoded).
+    the views. gpu: where JPEG files are decoded; instead of a Batch there is then (one without images, Encoded).
     """
 
     def __init__(
@@ -163,6 +176,8 @@ class PairDataset(TorchDataset):
         gpu: torch.device | None = None,
         captions: str = "long",
         negatives: pd.DataFrame | None = None,
+        sub_captions: SubCaptions | None = None,
+        sentences: Path | None = None,
     ):
         self._group, self.gpu = group or Group(), gpu
         records = dataset.split(split)
@@ -213,6 +228,11 @@ class PairDataset(TorchDataset):
                     f"captions of the split {split!r}: run `dvc repro negatives` with negatives.captions={captions}."
                 )
         self.negative_count = int(np.diff(self._negative_first).max())
+        self._sub_captions, self._sentences, self._context_length = sub_captions, None, clip.context_length
+        if sub_captions is not None:
+            self._sentences = Sentences(texts, sentences, keep=self._group.main)
+            found = self._sentences.counts
+            self.counts |= {"sentences": int(found.sum()), "with_one_sentence": int((found == 1).sum())}
         wholes = {"samples": len(texts), "images": len(records), **self.counts}
         for name, count in self.counts.items():
             if count and name in _REASONS:
@@ -300,7 +320,11 @@ class PairDataset(TorchDataset):
         return len(self.image_ids)
 
     def __getitem__(self, indices: list[int]) -> Batch | tuple[Batch, Encoded]:
-        """The batch of these samples. Raises DataError, which names the image that cannot be used."""
+        return self.batch(indices)
+
+    def batch(self, indices: list[int], seed: int = 0, epoch: int = 0) -> Batch | tuple[Batch, Encoded]:
+        """The batch of these samples, with what is drawn for each of them by (seed, epoch, its index) alone. Raises DataError,
+        which names the image that cannot be used."""
         shares = np.array(indices).reshape(self._group.world, -1)
         own = shares[self._group.rank]
         images = self._image[own]
@@ -322,8 +346,21 @@ class PairDataset(TorchDataset):
             negative_slots=torch.from_numpy(slots),
             negative_count=self.negative_count,
             rank_negatives=_counted(self._negative_first, shares),
+            **self._drawn(own, len(indices), seed, epoch),
         )
         return batch if self.gpu is None else (batch, encoded(self.views, images))
+
+    def _drawn(self, own: np.ndarray, images: int, seed: int, epoch: int) -> dict[str, torch.Tensor]:
+        """The sub-captions of the samples `own`, and which of those of all `images` of the batch each is asked."""
+        if self._sub_captions is None:
+            return {}
+        settings, texts, chosen = self._sub_captions, [], []
+        for index in own.tolist():
+            random = drawing(seed, epoch, index, TEXTS)
+            texts += draw(self._sentences[index], settings.count, settings.most_sentences, settings.consecutive, random)
+            chosen.append(choices(settings.count, images, drawing(seed, epoch, index, CHOICES)))
+        tokens, _ = tokenize(texts, self._context_length)
+        return {"sub_tokens": trim(tokens), "sub_choices": torch.from_numpy(np.stack(chosen))}
 
 
 def _captions(records: pd.DataFrame, which: str) -> tuple[list[int], list[str]]:
@@ -362,6 +399,7 @@ _REASONS = {  # of what kind, and what is wrong with them
     "negatives_like_their_caption": ("listed_negatives", "are to the model the same text as their caption and are left out"),
     "truncated_negatives": ("negatives", "are longer than the text context, cut off"),
     "without_negative": ("samples", "have no hard negative caption"),
+    "with_one_sentence": ("samples", "have a caption of one sentence: all of its sub-captions are the same"),
 }
 
 
@@ -405,6 +443,8 @@ def pair_dataset(
         gpu=device if config.decode == "gpu" else None,
         captions=config.captions,
         negatives=negatives if objective.needs_negatives else None,
+        sub_captions=objective.sub_captions,
+        sentences=SENTENCES,
     )
 
 
@@ -430,8 +470,8 @@ class Loader:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
         self._loader = DataLoader(
-            _Guarded(samples),
-            sampler=self._order,
+            _Guarded(samples, seed),
+            sampler=_Told(self._order),
             batch_size=None,  # the sampler yields whole batches
             collate_fn=_unchanged,
             num_workers=workers,
@@ -512,18 +552,33 @@ def ahead(items: Iterable[T], function: Callable[[T], R]) -> Iterator[R]:
             yield waiting.result()
 
 
+class _Told(Sampler[tuple[int, list[int]]]):
+    """Each batch with the number of its epoch, of which worker processes would not know."""
+
+    def __init__(self, order: EpochBatches):
+        self._order = order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        epoch = self._order.epoch
+        return ((epoch, indices) for indices in self._order)
+
+
 class _Guarded(TorchDataset):
     """Returns the error of an unreadable image instead of raising it: the DataLoader would wrap it in a traceback."""
 
-    def __init__(self, samples: PairDataset):
-        self._samples = samples
+    def __init__(self, samples: PairDataset, seed: int):
+        self._samples, self._seed = samples, seed
 
     def __len__(self) -> int:
         return len(self._samples)
 
-    def __getitem__(self, indices: list[int]) -> Batch | tuple[Batch, Encoded] | DataError:
+    def __getitem__(self, told: tuple[int, list[int]]) -> Batch | tuple[Batch, Encoded] | DataError:
+        epoch, indices = told
         try:
-            return self._samples[indices]
+            return self._samples.batch(indices, self._seed, epoch)
         except DataError as error:
             return error
 

@@ -14,17 +14,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fast_goal.errors import ConfigError, FastGoalError
-from fast_goal.objectives import Features, given
+from fast_goal.objectives import Features, Shares, given
 
 TIMEOUT = timedelta(hours=1)  # the others wait while rank 0 measures on the validation split
 LOST = ("gloo", "NCCL")  # in the messages of torch's errors about a connection
@@ -34,6 +35,7 @@ LOCAL = (  # features [P, D], weights [P] and boxes [P, 4]
     *("region_weight", "sentence_weight", "local_weight", "local_boxes"),
 )
 NEGATIVE = ("text_negatives", "teacher_negatives")  # features [N, D]
+OWN = ("patches", "sub_queries", "sub_choices")  # that each process keeps to itself; the objective exchanges texts alone
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ def gathered(features: Features, pairs: Sequence[int], group: Group, negatives: 
     features: of this process, B / world samples, pairs[rank] local pairs and, if there are any at all, negatives[rank] hard
     negatives; `pairs` and `negatives` count them for every rank. Gradients flow into this process's rows alone: every process
     computes the same loss of the whole batch, so that its own rows get their whole gradient here. The logit scale, which all
-    have, gets a share of 1 / world.
+    have, gets a share of 1 / world. Patches and sub-captions stay those of this process, and `shares` leads to the others'.
     """
     if group.world == 1:
         return features
@@ -219,7 +221,74 @@ def gathered(features: Features, pairs: Sequence[int], group: Group, negatives: 
     joined |= {name: joined[name].long() for name in ("local_rows", "negative_rows", "negative_slots") if name in joined}
     scale = features.scale
     scale = scale.detach() + (scale - scale.detach()) / group.world
-    return Features(**joined, negative_count=features.negative_count, scale=scale)
+    return Features(
+        **joined,
+        **given(features, OWN),
+        shares=RankShares(group, rows),
+        pooling=features.pooling,
+        negative_count=features.negative_count,
+        scale=scale,
+    )
+
+
+class RankShares(Shares):
+    """The shares of the processes of a group, each with as many samples; `samples`: of this one. All of them have to ask for
+    the same in the same order."""
+
+    def __init__(self, group: Group, samples: int):
+        self._group, self.first = group, group.rank * samples
+
+    def rows(self, own: torch.Tensor) -> torch.Tensor:
+        """See `Shares`."""
+        return _Rows.apply(own, self._group)
+
+    def total(self, own: torch.Tensor) -> torch.Tensor:
+        """See `Shares`."""
+        return _Total.apply(own)
+
+
+class _Rows(torch.autograd.Function):
+    """own [b, ...] -> the rows of all processes, [world * b, ...]."""
+
+    @staticmethod
+    def forward(context: Any, own: torch.Tensor, group: Group) -> torch.Tensor:
+        context.group = group
+        found = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(group.world)]
+        dist.all_gather(found, own.contiguous())
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(context.group.world)[context.group.rank], None
+
+
+class _Total(torch.autograd.Function):
+    """The sum over the processes."""
+
+    @staticmethod
+    def forward(context: Any, own: torch.Tensor) -> torch.Tensor:
+        total = own.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+def mean_gradients(parameters: Iterable[torch.Tensor], group: Group) -> None:
+    """Gives parameters that DistributedDataParallel leaves alone the mean of their gradients over the processes. Those without
+    a gradient, which are the same in all, stay without."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if group.world == 1 or not gradients:
+        return
+    joined = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(joined)
+    parts = (joined / group.world).split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def _all(own: dict[str, torch.Tensor], counts: Sequence[int], group: Group) -> dict[str, torch.Tensor]:

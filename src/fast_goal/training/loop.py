@@ -28,7 +28,7 @@ from fast_goal.training.checkpoint import load_state, save_state, states
 from fast_goal.training.distributed import Disconnected, Group, any_rank, check_batch, check_step, connected
 from fast_goal.training.recorder import BadLoss, OnStep, Recorder
 from fast_goal.training.schedule import learning_rate, make_optimizer, parameter_groups, set_rate
-from fast_goal.training.step import TrainStep
+from fast_goal.training.step import TrainStep, fit_pooling
 from fast_goal.training.stopping import STATUS, stop_requested
 
 OnEpoch = Callable[[Clip, int], dict[str, float] | None]
@@ -59,7 +59,8 @@ def finetune(
     with `config.result` "best"; with `config.ema` their average.
 
     `negatives` is the table of hard negatives (data.records.NEGATIVES), for an objective that needs them. An objective that
-    needs a teacher has an average of the weights that starts with those the training starts with; it is kept in the state.
+    needs a teacher has an average of the weights that starts with those the training starts with; it is kept in the state. One
+    that looks at a text-conditioned pooling gives a model without one a fresh one, which is trained with it.
 
     `config.view` becomes the model's own view, so that whoever uses it shows it images as the training did. `section` is where
     the settings stand in params.yaml, for messages.
@@ -77,8 +78,8 @@ def finetune(
     caller removes the states once it has saved the model.
 
     Raises DataError for an image that cannot be read, ConfigError for a batch that cannot be shared, a best epoch that nothing
-    measures, or hard negatives that are needed and not there, FastGoalError when the loss is not finite or has diverged, memory
-    does not suffice, the disk is full, or another process has gone.
+    measures, hard negatives that are needed and not there, or a pooling that does not fit, FastGoalError when the loss is not
+    finite or has diverged, memory does not suffice, the disk is full, or another process has gone.
     """
     started = time.perf_counter()
     group = group or Group()
@@ -90,6 +91,7 @@ def finetune(
                 f"data set {dataset.name!r} has none. Set it to {'last' if name == 'result' else 'null'}."
             )
     clip.view_mode = config.view
+    fit_pooling(clip, objective, seed)
     samples = pair_dataset(dataset, split, pairs, clip, objective, config, group, device, section, negatives)
     check_batch(config.batch_size, group, len(samples), section)
     pinned = device.type == "cuda"
@@ -125,7 +127,7 @@ class _Training:
         self.dtype = autocast_dtype(config.precision, device, section)
         clip.to(device).train()
         clip.checkpointed(config.checkpointing)
-        groups = parameter_groups(clip, config.decayed, config.layer_decay, config.freeze, section)
+        groups = parameter_groups(clip, config.decayed, config.layer_decay, config.freeze, section, config.head_rate)
         self.optimizer = make_optimizer(groups, config.learning_rate, config.weight_decay, config.betas, config.adam_epsilon)
         self.average = None if config.ema is None else Average(clip, config.ema)
         self.result = clip if self.average is None else self.average.model

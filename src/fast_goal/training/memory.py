@@ -31,11 +31,11 @@ from torch.utils._pytree import tree_leaves
 
 from fast_goal.config import FinetuneConfig
 from fast_goal.model.clip import Clip
-from fast_goal.objectives import Features, Objective, given
+from fast_goal.objectives import Features, Objective, Shares, given
 from fast_goal.training.batches import Batch
 from fast_goal.training.distributed import GLOBAL, NEGATIVE
 from fast_goal.training.schedule import parameter_groups
-from fast_goal.training.step import ENCODED, POOLED, TEACHER, batch_features
+from fast_goal.training.step import DRAWN, ENCODED, POOLED, TEACHER, batch_features, fit_pooling
 
 CONTEXT = 600_000_000  # bytes of the CUDA context and of the libraries' workspaces; a guess
 FRAGMENTED = 0.05  # of what a step allocates, lost between blocks; a guess
@@ -46,14 +46,17 @@ SMALLEST_PART = 8  # samples; a guess of what still keeps a GPU busy
 
 
 class Inputs(NamedTuple):
-    """What a sample is made of: the tokens of the longest caption, of the longest sentence and of the longest hard negative,
-    start and end included, and the local pairs of an image and hard negatives of a caption."""
+    """What a sample is made of: the tokens of the longest caption, of the longest sentence, of the longest hard negative and of
+    the longest sub-caption, start and end included, and the local pairs of an image, hard negatives of a caption, and
+    sub-captions of one."""
 
     caption_tokens: int
     sentence_tokens: int
     pairs: int
     negative_tokens: int = 0
     negatives: int = 0
+    sub_tokens: int = 0
+    sub_captions: int = 0
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -126,8 +129,12 @@ class StepMemory:
 
     def __init__(self, clip: Clip, objective: Objective, config: FinetuneConfig, inputs: Inputs, world: int = 1):
         self.clip, self.objective, self.config, self.world = clip, objective, config, world
+        with _mode(clip):
+            fit_pooling(clip, objective)
         inputs = inputs if objective.needs_local else inputs._replace(pairs=0)
-        self.inputs = inputs if objective.needs_negatives else inputs._replace(negatives=0)
+        inputs = inputs if objective.needs_negatives else inputs._replace(negatives=0)
+        drawn = objective.sub_captions
+        self.inputs = inputs._replace(sub_captions=0 if drawn is None else drawn.count)
         self._traced: dict[tuple[bool, bool], _Line] = {}
 
     def need(self, plan: Plan, batch_size: int) -> Need:
@@ -179,7 +186,7 @@ class StepMemory:
         """The peak of one part of n samples, forward and backward, over what is there before."""
         key = plan.bf16, plan.checkpointing
         if key not in self._traced:
-            looked_at = self.objective.needs_pooled, self.objective.needs_negatives
+            looked_at = self.objective.needs_pooled, self.objective.needs_negatives, self.objective.needs_captions
             found = tuple(encoding_peak(self.clip, self._batch(count), *key, self._trained, *looked_at) for count in TRACED)
             self._traced[key] = _Line.through(TRACED, found)
         return self._traced[key]
@@ -194,8 +201,8 @@ class StepMemory:
 
     @cached_property
     def _objective_peaks(self) -> list[tuple[int, int]]:
-        pairs, negatives = self.inputs.pairs, self.inputs.negatives
-        return [objective_peak(self.clip, self.objective, count, pairs, negatives) for count in COMPARED]
+        counts = self.inputs.pairs, self.inputs.negatives, self.inputs.sub_captions, self.world
+        return [objective_peak(self.clip, self.objective, count, *counts) for count in COMPARED]
 
     def _batch(self, count: int) -> Batch:
         return fake_batch(self.clip, self.inputs, count)
@@ -206,6 +213,10 @@ def fake_batch(clip: Clip, inputs: Inputs, count: int) -> Batch:
     pairs, negatives = count * inputs.pairs, count * inputs.negatives
     size = clip.image_size
     with _mode(clip):
+        drawn = {}
+        if inputs.sub_captions:
+            drawn["sub_tokens"] = torch.zeros(count * inputs.sub_captions, inputs.sub_tokens, dtype=torch.int64)
+            drawn["sub_choices"] = torch.zeros(count, count, dtype=torch.int64)
         return Batch(
             images=torch.zeros(count + pairs, 3, size, size, dtype=torch.uint8),
             caption_tokens=torch.zeros(count, inputs.caption_tokens, dtype=torch.int64),
@@ -221,6 +232,7 @@ def fake_batch(clip: Clip, inputs: Inputs, count: int) -> Batch:
             negative_slots=torch.zeros(negatives, dtype=torch.int64),
             negative_count=inputs.negatives,
             rank_negatives=(negatives,),
+            **drawn,
         )
 
 
@@ -242,9 +254,11 @@ def encoding_peak(
     trained: Iterable[nn.Parameter] | None = None,
     pooled: bool = True,
     negatives: bool = False,
+    captions: bool = True,
 ) -> int:
     """Bytes that encoding a batch and going back through it takes at its peak, beside weights, their gradients and the batch
-    itself. `pooled`: whether tokens are pooled; `negatives`: whether hard negatives are encoded."""
+    itself. `pooled`: whether tokens are pooled; `negatives`, `captions`: whether hard negatives and whole captions are
+    encoded."""
     clip.checkpointed(checkpointing)
     with _mode(clip):
         trained = list(clip.parameters() if trained is None else trained)
@@ -252,7 +266,7 @@ def encoding_peak(
             parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in trained]
         with Live([*clip.parameters(), *clip.buffers(), *gradients, *_tensors(batch)]) as live:
-            features = batch_features(clip, batch, torch.bfloat16 if bf16 else None, pooled, negatives)
+            features = batch_features(clip, batch, torch.bfloat16 if bf16 else None, pooled, negatives, captions)
             wanted = [value for value in given(features, ENCODED).values() if value.requires_grad]
             torch.autograd.backward(wanted, [torch.ones_like(value) for value in wanted])
         clip.zero_grad(set_to_none=True)
@@ -260,13 +274,23 @@ def encoding_peak(
     return live.peak
 
 
-def objective_peak(clip: Clip, objective: Objective, count: int, pairs: int, negatives: int = 0) -> tuple[int, int]:
-    """Bytes at the peak of the objective over `count` samples with `pairs` local pairs and `negatives` hard negatives each,
-    forward and backward, and bytes of the features with their gradients, the teacher's, which have none, included."""
-    local, hard = count * pairs, count * negatives
-    with _mode(clip), Live() as live:
-        names = [name for name in ENCODED if objective.needs_pooled or name not in POOLED]
+def objective_peak(
+    clip: Clip, objective: Objective, count: int, pairs: int, negatives: int = 0, sub_captions: int = 0, world: int = 1
+) -> tuple[int, int]:
+    """Bytes at the peak of the objective over `count` samples with `pairs` local pairs, `negatives` hard negatives and
+    `sub_captions` each, forward and backward, and bytes of the features with their gradients, the teacher's, which have none,
+    included. Of `world` processes each has its share of the patches and sub-captions."""
+    local, hard, own = count * pairs, count * negatives, count // world
+    with _mode(clip), Live(clip.parameters()) as live:
+        names = [name for name in ENCODED if (objective.needs_pooled or name not in POOLED) and name not in DRAWN]
         names = [name for name in names if objective.needs_negatives or name not in NEGATIVE]
+        drawn: dict[str, Any] = {}
+        if sub_captions:
+            patches = (clip.image_size // clip.patch_size) ** 2
+            sizes = {"patches": (own, patches, clip.embed_dim), "sub_queries": (own, sub_captions, clip.embed_dim)}
+            drawn = {name: torch.ones(*size, requires_grad=True) for name, size in sizes.items()}
+            drawn |= {"sub_choices": torch.zeros(own, count, dtype=torch.int64), "pooling": clip.pooling}
+            drawn["shares"] = _Repeated(world)
         taught = [*TEACHER] if objective.teacher_decay is not None else []
         taught = [name for name in taught if objective.needs_negatives or name not in NEGATIVE]
         rows = {name: count if name in GLOBAL else hard if name in NEGATIVE else local for name in (*names, *taught)}
@@ -280,11 +304,25 @@ def objective_peak(clip: Clip, objective: Objective, count: int, pairs: int, neg
             negative_rows=torch.zeros(hard, dtype=torch.int64) if objective.needs_negatives else None,
             negative_slots=torch.zeros(hard, dtype=torch.int64) if objective.needs_negatives else None,
             negative_count=negatives,
+            **drawn,
             scale=torch.ones((), requires_grad=True),
         )
         objective(features)["loss"].backward()
+        clip.zero_grad(set_to_none=True)
+    names += [name for name in DRAWN if name in drawn]
     leaves = sum(2 * _size(getattr(features, name)) for name in names)
     return live.peak, leaves + sum(_size(getattr(features, name)) for name in taught)
+
+
+class _Repeated(Shares):
+    """Stands for processes with as many rows as this one, in what they take."""
+
+    def __init__(self, world: int):
+        self._world = world
+
+    def rows(self, own: Tensor) -> Tensor:
+        """See `Shares`."""
+        return torch.cat([own] * self._world) if self._world > 1 else own
 
 
 class Live(TorchDispatchMode):

@@ -42,6 +42,11 @@ class EpochBatches(Sampler[list[int]]):
             message = "One picture has %d samples, and an epoch %d batches: some of them meet in a batch, as false negatives."
             _log.warning(message, most, self.steps)
 
+    @property
+    def epoch(self) -> int:
+        """The one that was chosen."""
+        return self._epoch
+
     def start(self, epoch: int, step: int = 0) -> None:
         """Chooses the epoch and its first step for the next iteration."""
         self._epoch, self._start = epoch, step

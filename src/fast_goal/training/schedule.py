@@ -38,16 +38,22 @@ def make_optimizer(
 
 
 def parameter_groups(
-    clip: Clip, decayed: str = "all", layer_decay: float = 1.0, freeze: Sequence[str] = (), section: str = "finetune"
+    clip: Clip,
+    decayed: str = "all",
+    layer_decay: float = 1.0,
+    freeze: Sequence[str] = (),
+    section: str = "finetune",
+    head_rate: float = 1.0,
 ) -> list[dict[str, Any]]:
     """The trained parameters in groups of equal treatment; those of a frozen tower get `requires_grad` False and no group.
 
     decayed `matrices`: the weight decay is 0 for biases, norms, class embedding and logit scale (one dimension or none) and
-    for the positional embeddings. layer_decay: the group's `factor` of the learning rate is layer_decay ** d with d the
-    blocks from the parameter to its tower's end (`Clip.depths`), as in BEiT's fine-tuning. Raises ConfigError where nothing
-    is left to train; `section` is where the settings stand in params.yaml.
+    for the positional embeddings; scale and bias of the pooling's losses never decay, as published. layer_decay: the group's
+    `factor` of the learning rate is layer_decay ** d with d the blocks from the parameter to its tower's end (`Clip.depths`),
+    as in BEiT's fine-tuning; of the pooling it is `head_rate`. Raises ConfigError where no tower is left to train; `section` is
+    where the settings stand in params.yaml.
     """
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
     depths = clip.depths()
     for name, parameter in clip.named_parameters():
         tower, depth = depths[name]
@@ -55,12 +61,14 @@ def parameter_groups(
         if tower in freeze:
             continue
         decays = decayed == "all" or (parameter.ndim > 1 and not name.endswith("positional_embedding"))
-        exponent = depth if layer_decay != 1 else 0
-        group = groups.setdefault((exponent, decays), {"params": [], "factor": layer_decay**exponent})
+        if tower == "pooling":
+            decays = decays and parameter.ndim > 0
+        factor = head_rate if tower == "pooling" else layer_decay**depth
+        group = groups.setdefault((factor, decays), {"params": [], "factor": factor})
         group["params"].append(parameter)
         if not decays:
             group["weight_decay"] = 0.0
-    if all(depths[name][0] in freeze or depths[name][0] == "both" for name in depths):
+    if all(depths[name][0] in freeze or depths[name][0] in ("both", "pooling") for name in depths):
         raise ConfigError(f"{section}.freeze = {list(freeze)}: with both towers frozen nothing is left to train")
     return list(groups.values())
 

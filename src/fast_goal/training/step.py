@@ -1,13 +1,17 @@
 """One step of fine-tuning: from a batch to an update of the weights.
 
-Every input is encoded once: the global images and the local crops in one batch; the captions, the sentences and the hard
-negatives in one pass each, trimmed separately; and, where there is a teacher, once more by it. With accumulation a batch
+Every input that the objective looks at is encoded once: the global images and the local crops in one batch; the captions,
+the sentences, the hard negatives and the sub-captions in one pass each, trimmed separately; and, where there is a teacher,
+once more by it. With accumulation a batch
 goes through the towers in parts, and the loss is still that of the whole batch: the features of all parts first, without a
 graph; the loss and its gradient with respect to them; then each part again, with a graph, into which its share of that
 gradient is fed (Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup"). It costs a
 second forward pass, but none of the teacher.
 
-Letters: B samples of a batch, P local pairs of them, N hard negatives of their captions, D embedding width.
+A text-conditioned pooling is a part of the loss: its parameters get their gradient as the loss's is computed.
+
+Letters: B samples of a batch, P local pairs of them, N hard negatives of their captions, K sub-captions of each, M patches
+of an image, D embedding width.
 """
 
 from __future__ import annotations
@@ -28,29 +32,53 @@ from fast_goal.model.clip import Clip
 from fast_goal.model.tokens import masked_mean, patch_mask, span_mask
 from fast_goal.objectives import Features, Objective, given
 from fast_goal.training.batches import Batch
-from fast_goal.training.distributed import Group, gathered
+from fast_goal.training.distributed import Group, gathered, mean_gradients
 
-# the features that may have gradients, of each tower; the first are there for every objective and in every batch
+# the features that may have gradients, of each tower; the first that is there at all has rows in every batch
 TOWERS = {
-    "image": ("image_global", "image_local", "region"),
-    "text": ("text_global", "text_local", "sentence", "text_negatives"),
+    "image": ("image_global", "patches", "image_local", "region"),
+    "text": ("text_global", "sub_queries", "text_local", "sentence", "text_negatives"),
     "both": ("scale",),
 }
 ENCODED = (*TOWERS["image"], *TOWERS["text"])
 POOLED = ("region", "sentence")  # of them, from tokens
+DRAWN = ("patches", "sub_queries")  # of them, where sub-captions are drawn
 TEACHER = ("teacher_image", "teacher_text", "teacher_negatives")
 
 
 class Encoder(torch.nn.Module):
     """`batch_features` as a module, which DistributedDataParallel can wrap."""
 
-    def __init__(self, clip: Clip, dtype: torch.dtype | None = None, pooled: bool = True, negatives: bool = False):
+    def __init__(
+        self,
+        clip: Clip,
+        dtype: torch.dtype | None = None,
+        pooled: bool = True,
+        negatives: bool = False,
+        captions: bool = True,
+    ):
         super().__init__()
-        self.clip, self.dtype, self.pooled, self.negatives = clip, dtype, pooled, negatives
+        self.clip, self.dtype, self.pooled, self.negatives, self.captions = clip, dtype, pooled, negatives, captions
 
     def forward(self, batch: Batch) -> Features:
         """The features of the batch."""
-        return batch_features(self.clip, batch, self.dtype, self.pooled, self.negatives)
+        return batch_features(self.clip, batch, self.dtype, self.pooled, self.negatives, self.captions)
+
+
+def fit_pooling(clip: Clip, objective: Objective, seed: int = 0) -> None:
+    """Gives a model the text-conditioned pooling that the objective looks at: a fresh one, unless it has one already.
+
+    Raises ConfigError where that one has other heads, or so many do not divide the embedding width.
+    """
+    if objective.heads is None:
+        return
+    if clip.pooling is None:
+        clip.add_pooling(objective.heads, seed)
+    elif clip.pooling.pooling.heads != objective.heads:
+        raise ConfigError(
+            f"objective: heads = {objective.heads}, but the pooling that {clip.name} begins with has "
+            f"{clip.pooling.pooling.heads}. Set heads to that, or begin with weights without a pooling."
+        )
 
 
 class TrainStep:
@@ -58,8 +86,8 @@ class TrainStep:
 
     `group`: the processes that share the batch; each calls its own step with its own share, and all get the same update.
     `max_logit_scale` holds the logit scale below it. `teacher` is there where the objective looks at one; whoever calls changes
-    it after the step. A tower, or the logit scale, that the objective does not look at stays as
-    it is: it gets no gradient, and no weight decay acts on it.
+    it after the step. A tower, the logit scale, or the pooling, that the objective does not look at stays as it is: it gets no
+    gradient, and no weight decay acts on it. `clip` has the pooling that the objective looks at (`fit_pooling`).
     """
 
     def __init__(
@@ -76,8 +104,13 @@ class TrainStep:
         self.clip, self.objective, self.optimizer, self.teacher = clip, objective, optimizer, teacher
         self.gradient_clip, self.max_logit_scale = gradient_clip, max_logit_scale
         self.group = group or Group()
-        self._plain = self._encode = Encoder(clip, dtype, objective.needs_pooled, objective.needs_negatives)
+        self._head = None if objective.heads is None else clip.pooling
+        looked_at = objective.needs_pooled, objective.needs_negatives, objective.needs_captions
+        self._plain = self._encode = Encoder(clip, dtype, *looked_at)
         if self.group.world > 1:
+            # no pass through the towers leads to the pooling
+            ignored = [name for name, _ in self._plain.named_parameters() if name.startswith("clip.pooling.")]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self._plain, ignored)
             # the buffers are constants; torch 2.13 gave the option another name
             known = inspect.signature(DistributedDataParallel).parameters
             option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -96,10 +129,13 @@ class TrainStep:
             whole,
             **{name: value.detach().requires_grad_() for name, value in given(whole, (*ENCODED, "scale")).items()},
             **taught,
+            pooling=self._head,
         )
         terms = self.objective(gathered(leaves, parts[0].rank_pairs, self.group, parts[0].rank_negatives))
         # DistributedDataParallel takes the mean over the processes; the gradient is the sum of what they contribute
         (terms["loss"] * self.group.world).backward()
+        if self._head is not None:
+            mean_gradients(self._head.parameters(), self.group)
         self._feed(parts, leaves, whole if len(parts) == 1 else None)
         if self.gradient_clip is not None:
             torch.nn.utils.clip_grad_norm_(self.clip.parameters(), self.gradient_clip)
@@ -107,6 +143,8 @@ class TrainStep:
         if self.max_logit_scale is not None:
             with torch.no_grad():
                 self.clip.model.logit_scale.clamp_(max=math.log(self.max_logit_scale))
+        if self._head is not None:
+            self._head.clamp()
         return {name: value.detach() for name, value in terms.items()} | {"logit_scale": leaves.scale.detach()}
 
     def _taught(self, parts: Sequence[Batch]) -> dict[str, torch.Tensor]:
@@ -120,7 +158,7 @@ class TrainStep:
         """The features of all parts as those of one batch."""
         with torch.no_grad():
             found = [self._plain(part) for part in parts]
-        names = (*ENCODED, "region_weight", "sentence_weight", "local_weight", "local_boxes", "negative_slots")
+        names = (*ENCODED, "region_weight", "sentence_weight", "local_weight", "local_boxes", "negative_slots", "sub_choices")
         joined = {name: torch.cat([getattr(part, name) for part in found]) for name in given(found[0], names)}
         firsts = list(accumulate((len(part) for part in parts[:-1]), initial=0))
         for name in given(found[0], ("local_rows", "negative_rows")):
@@ -151,7 +189,8 @@ class TrainStep:
                         # no local pair, or no negative, in any part; and DistributedDataParallel waits for every parameter
                         missing = looked_at[tower] and self._towers[tower][0].grad is None
                         if (missing or self.group.world > 1) and gradients.keys().isdisjoint(names):
-                            gradients[names[0]] = torch.zeros_like(getattr(found, names[0]))
+                            name, value = next(iter(given(found, names).items()))
+                            gradients[name] = torch.zeros_like(value)
                 # not of a frozen tower
                 gradients = {name: value for name, value in gradients.items() if getattr(found, name).requires_grad}
                 if gradients:
@@ -164,7 +203,9 @@ class TrainStep:
 
 def _rows(part: Batch, name: str) -> int:
     """How many rows a feature has in a part."""
-    return len(part) if name.endswith("_global") else len(part.negative_rows if name == "text_negatives" else part.local_rows)
+    if name.endswith("_global") or name in DRAWN:
+        return len(part)
+    return len(part.negative_rows if name == "text_negatives" else part.local_rows)
 
 
 @torch.no_grad()
@@ -180,29 +221,44 @@ def teacher_features(teacher: Clip, batch: Batch, dtype: torch.dtype | None, neg
 
 
 def _text_features(clip: Clip, tokens: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """tokens [T, L] -> [T, D], also of no text; `others` are of the same width and type."""
+    """tokens [T, L] -> [T, D], also of no text; `others` are features of the same width and type."""
     return clip(tokens=tokens).text_features if len(tokens) else others[:0]
 
 
 def batch_features(
-    clip: Clip, batch: Batch, dtype: torch.dtype | None = None, pooled: bool = True, negatives: bool = False
+    clip: Clip,
+    batch: Batch,
+    dtype: torch.dtype | None = None,
+    pooled: bool = True,
+    negatives: bool = False,
+    captions: bool = True,
 ) -> Features:
-    """What the objective compares, in float32: each image, caption, sentence and hard negative goes through its tower once.
+    """What the objective compares, in float32: each image and each text goes through its tower once.
 
     `region` [P, D] is the mean of the global image's patch tokens over the box, `sentence` [P, D] the mean of the
     caption's tokens over the sentence's span, both through CLIP's own norm and projection. A box or span of which nothing
     is visible has the weight 0. With `pooled` False there are none of these four; without `negatives` none of the hard
-    negatives. `dtype` is that of autocast, None for none.
+    negatives. With sub-captions in the batch there are `sub_queries` [B, K, D] and `patches` [B, M, D]. The whole captions are
+    left out where neither `captions` nor `pooled` asks for them, and there are sub-captions. `dtype` is that of autocast, None
+    for none.
     """
     rows = batch.local_rows
     count = len(batch)
     hard: dict[str, torch.Tensor] = {}
     tokens: dict[str, torch.Tensor] = {}
+    drawn: dict[str, torch.Tensor] = {}
+    captions = captions or pooled or batch.sub_tokens is None
     with torch.autocast(batch.images.device.type, dtype=dtype, enabled=dtype is not None):
-        encoded = clip(images=normalised(batch.images, clip.mean, clip.std), tokens=batch.caption_tokens)
-        local_text = _text_features(clip, batch.sentence_tokens, encoded.text_features)
+        images = normalised(batch.images, clip.mean, clip.std)
+        encoded = clip(images=images, tokens=batch.caption_tokens if captions else None)
+        others = encoded.text_features if captions else encoded.image_features
+        local_text = _text_features(clip, batch.sentence_tokens, others)
+        if batch.sub_tokens is not None:
+            drawn["patches"] = clip.project_patches(encoded.image_tokens[:count]).float()
+            drawn["sub_queries"] = clip(tokens=batch.sub_tokens).text_queries.unflatten(0, (count, -1)).float()
+            drawn["sub_choices"] = batch.sub_choices
         if negatives:
-            hard["text_negatives"] = _text_features(clip, batch.negative_tokens, encoded.text_features).float()
+            hard["text_negatives"] = _text_features(clip, batch.negative_tokens, others).float()
             hard |= {"negative_rows": batch.negative_rows, "negative_slots": batch.negative_slots}
         if pooled and len(rows):
             in_box = patch_mask(batch.boxes, clip.image_size, clip.patch_size)
@@ -217,7 +273,7 @@ def batch_features(
             tokens = {"region": local_text, "sentence": local_text, "region_weight": rows, "sentence_weight": rows}
     return Features(
         image_global=encoded.image_features[:count].float(),
-        text_global=encoded.text_features.float(),
+        text_global=encoded.text_features.float() if captions else None,
         image_local=encoded.image_features[count:].float(),
         text_local=local_text.float(),
         **{name: value.float() for name, value in tokens.items()},
@@ -226,5 +282,6 @@ def batch_features(
         local_boxes=batch.regions,
         **hard,
         negative_count=batch.negative_count,
+        **drawn,
         scale=clip.logit_scale.float(),
     )

@@ -25,11 +25,12 @@ from fast_goal.errors import ConfigError
 
 @dataclass
 class Loaded:
-    """What a source hands over: rows of the tables RECORDS, SKIPPED, TRUTH, OBJECTS, CHOICES and LABELS of `data.records`.
+    """What a source hands over: rows of the tables RECORDS, SKIPPED, TRUTH, OBJECTS, CHOICES, LABELS and MASKS of
+    `data.records`.
 
     `root` is the folder that `image_path` is relative to; `notes` are sentences for the reader of the log; `hashes` are
     rows of HASHES, None where the images were not decoded; `published` counts the samples of the publication's own
-    splits, under its own names, before anything is left out; `classes`: see `data.records.Dataset`.
+    splits, under its own names, before anything is left out; `classes`, `segments`: see `data.records.Dataset`.
     """
 
     root: Path
@@ -43,6 +44,8 @@ class Loaded:
     choices: list[dict[str, Any]] | None = None
     labels: list[dict[str, Any]] | None = None
     classes: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    masks: list[dict[str, Any]] | None = None
+    segments: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

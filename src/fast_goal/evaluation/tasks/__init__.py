@@ -36,9 +36,11 @@ class NotAsked(Exception):
 class Needs:
     """What has to be embedded for a task, beside the images."""
 
-    texts: list[tuple[str, int | None]] = field(default_factory=list)  # with the tokens to show
+    texts: list[tuple[str, int | None]] = field(default_factory=list)  # with the tokens to show; their `queries` come along
     crops: list[tuple[int, Box | None]] = field(default_factory=list)  # row of the image, whole pixels of it
     sentences: list[tuple[int, str]] = field(default_factory=list)  # row of the image whose patches they are held against
+    patches: bool = False  # whether `FeatureStore.tokens` of all images are read
+    patches_of: Sequence[str] = MODELS  # by which models
 
 
 class Task(Protocol):
@@ -75,6 +77,10 @@ class _Retrieval:
         found = {variant.name: compare_retrieval(study, variant) for variant in self._variants(study)}
         return found[self._name] if list(found) == [self._name] else found
 
+    def variants(self, study: Study) -> list[Variant]:
+        """What is asked. Raises NotAsked."""
+        return self._variants(study)
+
 
 _TASKS: dict[str, tuple[Task, Section]] = {}
 T = TypeVar("T")
@@ -103,6 +109,14 @@ def known_tasks() -> list[str]:
     """The names of all tasks."""
     _discover()
     return sorted(_TASKS)
+
+
+def queries_of(study: Study, name: str) -> list[Variant]:
+    """What the retrieval task of that name asks. Raises NotAsked."""
+    _discover()
+    found = _TASKS[name][0]
+    assert isinstance(found, _Retrieval), name
+    return found.variants(study)
 
 
 def section(name: str, config: EvaluateConfig) -> Section:
@@ -144,7 +158,9 @@ def _embed(study: Study, needs: Sequence[Needs], progress: str) -> None:
     whole = [(row, None) for row in range(len(study.asked.files))]
     crops = [crop for need in needs for crop in need.crops]
     sentences = [sentence for need in needs for sentence in need.sentences]
-    embed_images([study.stores[model] for model in MODELS], study.asked.files, [*whole, *crops], sentences, progress)
+    read = [study.stores[model] for model in MODELS if any(need.patches and model in need.patches_of for need in needs)]
+    stores = [study.stores[model] for model in MODELS]
+    embed_images(stores, study.asked.files, [*whole, *crops], sentences, progress, read)
 
 
 @functools.cache

@@ -1,20 +1,19 @@
-"""Zero-shot classification: which class is the image, or the crop, most like?
-
-A class is the mean of the unit embeddings of its templates, made unit again, as CLIP has it (arXiv 2103.00020, 3.1.4).
+"""Zero-shot classification: which class is the image, or the crop, most like? `classes` says what a class is.
 
 Letters: `C` crops with a label, `K` classes, `D` embedding width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fast_goal.evaluation.comparison import MODELS, Study, Variant, difference, percent
+from fast_goal.evaluation.classes import class_features, prompts
+from fast_goal.evaluation.comparison import MODELS, Study, difference, percent
 from fast_goal.evaluation.embedding import Crop, Labels
 from fast_goal.evaluation.retrieval import below, count_above, scores_of_pairs
 from fast_goal.evaluation.suites import Answered, Rule, compare_suite
@@ -23,7 +22,7 @@ from fast_goal.evaluation.tasks import Needs, NotAsked, task
 TOP = 5
 LEAST_CLASSES = 10  # from which the first TOP are looked at too
 LISTED = 50  # classes up to which each has a line of its own; a guess
-AT_ONCE = 16_384  # texts, or crops, whose features are held in memory
+AT_ONCE = 16_384  # crops whose features are held in memory
 
 
 @task(
@@ -38,8 +37,8 @@ class ZeroShot:
     def needs(self, study: Study) -> Needs:
         """The prompts and the crops. Raises NotAsked where nothing has a label."""
         labels = _asked(study)
-        prompts = [text for classes in labels.classes.values() for query in _prompts(classes) for text in query]
-        return Needs([(text, None) for text in dict.fromkeys(prompts)], list(dict.fromkeys(labels.crops)))
+        texts = [text for classes in labels.classes.values() for query in prompts(classes) for text in query]
+        return Needs([(text, None) for text in dict.fromkeys(texts)], list(dict.fromkeys(labels.crops)))
 
     def measure(self, study: Study) -> dict[str, Any]:
         """By suite; `accuracy@5` where a suite has ten classes at least."""
@@ -53,7 +52,7 @@ class ZeroShot:
         own = torch.tensor([places[label] for label in labels.labels[mine]])  # [C]
         above, reaching = {}, {}  # classes that score above the own one, and those that score at least as much
         for model in MODELS:
-            counts = _counts(study, model, crops, own, _class_features(study, model, labels.classes[suite]))
+            counts = _counts(study, model, crops, own, class_features(study, model, labels.classes[suite]))
             above[model], reaching[model] = counts.T
         answered = {model: Answered(reaching[model] == 1, (above[model] == 0) & (reaching[model] > 1)) for model in MODELS}
         units = study.asked.groups[np.array([row for row, _ in crops], dtype=np.int64)]
@@ -74,19 +73,6 @@ def _asked(study: Study) -> Labels:
     if study.asked.labels is None:
         raise NotAsked("labels")
     return study.asked.labels
-
-
-def _prompts(classes: Mapping[str, Sequence[str]]) -> list[tuple[str, ...]]:
-    """The texts of each class."""
-    return [tuple(template.replace("{}", name) for template in classes["templates"]) for name in classes["names"]]
-
-
-def _class_features(study: Study, model: str, classes: Mapping[str, Sequence[str]]) -> Tensor:
-    """[K, D]."""
-    prompts = _prompts(classes)
-    chunk = max(1, AT_ONCE // len(classes["templates"]))
-    parts = [prompts[start : start + chunk] for start in range(0, len(prompts), chunk)]
-    return torch.cat([study.features(model, Variant("", part, np.zeros(len(part), np.int64))) for part in parts])
 
 
 def _counts(study: Study, model: str, crops: Sequence[Crop], own: Tensor, classes: Tensor) -> np.ndarray:

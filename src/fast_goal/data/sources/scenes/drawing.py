@@ -35,11 +35,28 @@ _NOTHING, _FILL, _INK = 0, 1, 2
 
 @dataclass(frozen=True)
 class Drawing:
-    """The image, and for each thing the pixel box of its visible part (x2/y2 exclusive) and the visible share of its area."""
+    """The image, and for each thing the pixel box of its visible part (x2/y2 exclusive) and the visible share of its area.
+
+    `owners` tells which thing each pixel shows.
+    """
 
     image: Image.Image
     boxes: np.ndarray  # [N, 4], whole numbers as float; zeros where nothing is visible
     visible: np.ndarray  # [N], fraction of the thing's area, parts beyond the image's edge counted as hidden
+    points: np.ndarray | None = None  # uint8 [2 S, 2 S], before it is averaged down: the thing's number from 1, 0: background
+
+    def owners(self) -> np.ndarray:
+        """uint8 [S, S]: the number of the thing, from 1, that each pixel shows, or 0 for the background.
+
+        A pixel is averaged of several points; it shows what most of them do, and of those with as many what was drawn last.
+        """
+        assert self.points is not None
+        side = len(self.points) // SUPERSAMPLING
+        cells = self.points.reshape(side, SUPERSAMPLING, side, SUPERSAMPLING).transpose(1, 3, 0, 2).reshape(-1, side, side)
+        ranks = np.empty(cells.shape, dtype=np.int32)
+        for place, cell in enumerate(cells):
+            ranks[place] = (cells == cell).sum(axis=0) * 256 + cell
+        return (ranks.max(axis=0) & 255).astype(np.uint8)
 
 
 def draw(scene: Scene, size: int) -> Drawing:
@@ -68,7 +85,7 @@ def draw(scene: Scene, size: int) -> Drawing:
             high = np.array([columns[-1], rows[-1]]) // SUPERSAMPLING + 1
             boxes[index] = [*low, *high]
             visible[index] = np.count_nonzero(mine) / area
-    return Drawing(canvas.reduce(SUPERSAMPLING), boxes, visible)
+    return Drawing(canvas.reduce(SUPERSAMPLING), boxes, visible, owner)
 
 
 def _shifted(colour: RGB, tint: RGB) -> RGB:

@@ -21,6 +21,7 @@ from fast_goal.data.sources.scenes.drawing import Drawing
 from fast_goal.data.sources.scenes.labels import make_labels
 from fast_goal.data.sources.scenes.language import Count, Plan, Wording
 from fast_goal.data.sources.scenes.layout import random_close_up, random_scene, twins
+from fast_goal.data.sources.scenes.masks import make_masks
 from fast_goal.data.sources.scenes.vocabulary import Scene, Style
 
 # The numbers enter the random seeds: another order would be another data set.
@@ -32,6 +33,7 @@ STYLES: dict[str, tuple[Style, Wording]] = {  # by the name of the source
     "scenes": (vocabulary.PLAIN, language.PLAIN),
     "rich_scenes": (vocabulary.RICH, language.RICH),
 }
+MASKS_FOLDER = "masks"  # beside those of the splits
 LARGE = 3  # the largest objects of a scene, which short captions are about
 
 
@@ -39,7 +41,8 @@ LARGE = 3  # the largest objects of a scene, which short captions are about
 class Sample:
     """One image: the scene, its PNG bytes, and its rows for the tables of `data.records`.
 
-    Choices and labels are for measuring: there are none but in TWIN_SPLITS.
+    Choices, labels and masks are for measuring: there are none but in TWIN_SPLITS. `mask_files`: the bytes of each
+    `mask_path`.
     """
 
     scene: Scene
@@ -49,6 +52,8 @@ class Sample:
     objects: list[dict[str, Any]]
     choices: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     labels: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    masks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    mask_files: dict[str, bytes] = dataclasses.field(default_factory=dict)
 
 
 def make_samples(seed: int, split: str, index: int, image_size: int, source: str = "scenes") -> list[Sample]:
@@ -169,7 +174,8 @@ def _sample(
 def _asked(
     sample: Sample, drawing: Drawing, long: list[Plan | Count | str], source: str, entropy: list[int], number: int
 ) -> Sample:
-    """The sample with the rows of CHOICES and LABELS, from a random generator of their own: `number` tells the twins apart."""
+    """The sample with the rows of CHOICES and LABELS, from a random generator of their own: `number` tells the twins apart.
+    And with its masks."""
     style, wording = STYLES[source]
     generator = np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(number,)))
     width, height = drawing.image.size
@@ -182,7 +188,13 @@ def _asked(
         {name: sample.objects[label.thing][name] for name in image} | {"suite": label.suite, "label": label.label}
         for label in make_labels(generator, sample.scene, drawing)
     ]
-    return dataclasses.replace(sample, choices=choices, labels=labels)
+    masks, files = [], {}
+    for suite, png in make_masks(sample.scene, drawing, style).items():
+        path = f"{MASKS_FOLDER}/{suite}/{image['image_id']}.png"
+        files[path] = png
+        found = {"suite": suite, "mask_path": path, "content_hash": hashlib.sha256(png).hexdigest()}
+        masks.append({"image_id": image["image_id"], **found})
+    return dataclasses.replace(sample, choices=choices, labels=labels, masks=masks, mask_files=files)
 
 
 def _png(image: Image.Image) -> bytes:

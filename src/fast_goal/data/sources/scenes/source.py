@@ -17,14 +17,15 @@ from typing import Any
 from fast_goal.config import number, to_dict
 from fast_goal.data.sources import Loaded, source
 from fast_goal.data.sources.scenes.labels import classes
-from fast_goal.data.sources.scenes.samples import SPLIT_NUMBERS, STYLES, make_samples
+from fast_goal.data.sources.scenes.masks import segments
+from fast_goal.data.sources.scenes.samples import MASKS_FOLDER, SPLIT_NUMBERS, STYLES, make_samples
 from fast_goal.files import atomic_path, digest, read_json, tree_digest, write_text
 from fast_goal.progress import Progress
 
 CHUNK = 50  # indices a process draws at a time
 WORTH_PROCESSES = 400  # indices; fewer are drawn sooner than a second process starts
 
-TABLES = ("records", "truth", "objects", "choices", "labels")
+TABLES = ("records", "truth", "objects", "choices", "labels", "masks")
 Rows = dict[str, list[dict[str, Any]]]
 
 
@@ -42,11 +43,11 @@ class ScenesConfig:
 
 @source("scenes", ScenesConfig)
 def load(config: ScenesConfig, name: str, folder: Path) -> Loaded:
-    """Draws the data set into `folder/<split>/<image_id>.png`.
+    """Draws the data set into `folder/<split>/<image_id>.png`, its masks into `folder/masks/<suite>/<image_id>.png`.
 
     What is drawn depends on `config` alone (its own seed, not the run's `seed`), to the byte. Images are written
     atomically; a killed run goes on where it stopped, a finished one is drawn anew, which takes no longer than checking it.
-    Other files in the splits' folders are removed. An image that equals an earlier one is left out, counted as skipped.
+    Other files in these folders are removed. An image that equals an earlier one is left out, counted as skipped.
     """
     return draw_all(config, name, folder, min(os.cpu_count() or 1, 16))
 
@@ -78,9 +79,9 @@ def draw_all(config: ScenesConfig, name: str, folder: Path, processes: int, sour
                 rows[table] += values
             progress.update(len(indices))
     rows, skipped = drop_repeated(rows)
-    kept = {folder / record["image_path"] for record in rows["records"]}
-    for split in splits:
-        for path in (folder / split).glob("*"):  # also what a killed run left half written
+    kept = _files(folder, rows)
+    for place in (*splits, f"{MASKS_FOLDER}/*"):
+        for path in folder.glob(f"{place}/*"):  # also what a killed run left half written
             if path not in kept:
                 path.unlink()
     shutil.rmtree(drawn_before, ignore_errors=True)
@@ -93,6 +94,8 @@ def draw_all(config: ScenesConfig, name: str, folder: Path, processes: int, sour
         choices=rows["choices"] or None,
         labels=rows["labels"] or None,
         classes=classes(STYLES[source][0]) if rows["labels"] else {},
+        masks=rows["masks"] or None,
+        segments=segments(STYLES[source][0]) if rows["masks"] else {},
     )
 
 
@@ -133,18 +136,27 @@ def _draw_chunk(
     mark = drawn_before / f"{split}-{next(iter(indices)):08d}.json"
     if mark.exists():
         found: Rows = read_json(mark)
-        if all((folder / record["image_path"]).exists() for record in found["records"]):
+        if all(path.exists() for path in _files(folder, found)):
             return found
     rows: Rows = {table: [] for table in TABLES}
     for index in indices:
         for sample in make_samples(seed, split, index, image_size, source):
             with atomic_path(folder / sample.record["image_path"]) as path:
                 path.write_bytes(sample.png)
+            for place, png in sample.mask_files.items():
+                with atomic_path(folder / place) as path:
+                    path.write_bytes(png)
             rows["records"].append(sample.record)
             for table in TABLES[1:]:
                 rows[table] += getattr(sample, table)
     write_text(mark, json.dumps(rows))
     return rows
+
+
+def _files(folder: Path, rows: Rows) -> set[Path]:
+    """The files that the rows are about."""
+    paths = [row["image_path"] for row in rows["records"]] + [row["mask_path"] for row in rows["masks"]]
+    return {folder / path for path in paths}
 
 
 def _is_code(path: Path) -> bool:
