@@ -281,3 +281,11 @@ def test_learning_curves_are_means_over_the_seeds(tmp_path):
         text = curves.table({"machine": about, "settings": [], "runs": runs})
     assert Image.open(tmp_path / "curves.png").size == (1500, 950)
     assert "| FAST-GOAL | 0.001 | 9.0 ± 1.4 | 10.0 ± 0.0 | 16 |" in text and "| base | | 1.0 | 10.0 | |" in text
+
+
+def test_conditioned_scores_equal_the_published_formulation():
+    with loaded("conditioned") as module:
+        size = module.measured(4, 16, 2, 5, 7, 2, torch.device("cpu"))
+        assert max(size["difference"].values()) < 2e-6
+        told = "\n".join(module.lines({"images": 5, "texts": 7, **size}))
+    assert "5 images of 4 patches, 7 texts, width 16, 2 heads." in told and "times as fast as published is" in told

@@ -1,5 +1,7 @@
 """`fast-goal embed FOLDER --against TABLE`, and the patches and queries from which anyone can compute the same."""
 
+import threading
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -150,6 +152,20 @@ def test_patches_come_in_row_groups_of_a_bounded_size(project, monkeypatch):
     file = pq.ParquetFile("parts.parquet")
     assert [file.metadata.row_group(one).num_rows for one in range(file.num_row_groups)] == [3, 3, 3, 1]
     assert pq.read_table("parts.parquet").equals(pq.read_table("whole.parquet"))
+
+
+def test_the_table_of_patches_is_opened_before_the_threads_that_look_into_it(project, monkeypatch):
+    table, opened = FeatureStore._table, []
+
+    def note(self, kind, width):
+        opened.append((kind, threading.current_thread()))
+        return table(self, kind, width)
+
+    monkeypatch.setattr(FeatureStore, "_table", note)
+    embed.run(project / "photos", project / "plain.parquet", "model")  # so that of each image the patches alone are lacking
+    assert opened and "tokens" not in dict(opened)
+    embed.run(project / "photos", project / "photos.parquet", "model", patches=True)
+    assert [thread for kind, thread in opened if kind == "tokens"] == [threading.main_thread()]
 
 
 def test_what_cannot_be_compared(project):

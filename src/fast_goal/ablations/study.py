@@ -185,8 +185,8 @@ class Study:
         return [arm for arm in self.asked.arms if self.asked.table.arms[arm].equal_compute]
 
     def _first(self) -> list[Run]:
-        """The runs that need no others. The arms of a seed share its base: one arm of each seed comes first, so that no two runs
-        that go on at once make the same base; then one seed after the other."""
+        """The runs that need no others. The arms of a seed share its base: one arm of each seed comes first, so that no two
+        runs that go on at once make the same base; then one seed after the other."""
         arms = self.asked.table.arms
         needed = [other for arm in self._timed() for other in (arms[arm].like, arms[arm].equal_compute) if other]
         wanted = list(dict.fromkeys(arm for arm in [*self.asked.arms, *needed] if not arms[arm].equal_compute))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fast_goal.evaluation.embedding import Questions, held
+from fast_goal.evaluation.embedding import Questions, held, input_boxes
 from fast_goal.evaluation.features import FeatureStore, ImageFile
 from fast_goal.evaluation.localisation import centres_inside, first_hits
 from fast_goal.model.inference import arithmetic
@@ -52,9 +52,6 @@ def attention(store: FeatureStore, files: Sequence[ImageFile], sentences: Sequen
 
 def attention_hits(store: FeatureStore, asked: Questions) -> np.ndarray:
     """The rank of the patch in its box that each sentence looks at most, as `PatchHits.first_hits`: int64 [S]."""
-    regions, clip = asked.regions, store.clip
-    sizes = [asked.files[row].size for row in regions.images.tolist()]
-    boxes = [clip.view(*size).boxes(box[None])[0] for size, box in zip(sizes, regions.boxes, strict=True)]
-    shown = torch.tensor(np.array(boxes).reshape(-1, 4), dtype=torch.float32)
-    inside = centres_inside(shown, clip.image_size, clip.patch_size)
+    clip = store.clip
+    inside = centres_inside(input_boxes(clip, asked), clip.image_size, clip.patch_size)
     return first_hits(attention(store, asked.files, held(asked)), inside).numpy()

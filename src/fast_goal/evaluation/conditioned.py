@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from fast_goal.evaluation.retrieval import TIES, Ranks, Ties
-from fast_goal.model.conditioned import ConditionedScorer, Images, Texts
+from fast_goal.model.conditioned import ConditionedScorer, Texts
+from fast_goal.progress import Progress
 
 MODES = ("global", "conditioned", "rerank")
 CHUNK = 1024  # images, and texts, whose plain cosines are held at once
@@ -45,7 +46,7 @@ class Asked(NamedTuple):
 
 
 def mode_ranks(
-    scorer: ConditionedScorer, asked: Asked, known: dict[Ties, Ranks], top_k: int, block: int
+    scorer: ConditionedScorer, asked: Asked, known: dict[Ties, Ranks], top_k: int, block: int, name: str = "conditioned"
 ) -> dict[str, dict[Ties, Ranks]]:
     """The ranks of each mode with either tie rule. known: those by `global`; block: images at once."""
     counts = _Counts(asked, top_k)
@@ -54,15 +55,17 @@ def mode_ranks(
     own, own_scores = _own_scores(scorer, asked, shown, which, block)
     scores_of_own = own_scores[torch.searchsorted(own, asked.pictures[asked.owners] * len(texts) + which)]  # [T]
     first = _first_rows(asked.pictures)
-    for start in range(0, len(first), block):
-        some = first[start : start + block]
-        scores = scorer.scores(scorer.images(asked.tokens(some.tolist())), shown).cpu()  # [b, V]
-        # computed in another block than before: the same to the last bit, or no tie would be one
-        mine = (own >= start * len(texts)) & (own < (start + len(some)) * len(texts))
-        scores.view(-1)[own[mine] - start * len(texts)] = own_scores[mine]
-        rows = ((asked.pictures >= start) & (asked.pictures < start + len(some))).nonzero().flatten()
-        for part in rows.split(block):
-            counts.add(part, scores[asked.pictures[part] - start][:, which], scores_of_own)
+    with Progress(name, len(first), "images") as progress:
+        for start in range(0, len(first), block):
+            some = first[start : start + block]
+            scores = scorer.scores(scorer.images(asked.tokens(some.tolist())), shown).cpu()  # [b, V]
+            # computed in another block than before: the same to the last bit, or no tie would be one
+            mine = (own >= start * len(texts)) & (own < (start + len(some)) * len(texts))
+            scores.view(-1)[own[mine] - start * len(texts)] = own_scores[mine]
+            rows = ((asked.pictures >= start) & (asked.pictures < start + len(some))).nonzero().flatten()
+            for part in rows.split(block):
+                counts.add(part, scores[asked.pictures[part] - start][:, which], scores_of_own)
+            progress.update(len(some))
     return {"global": known, **counts.ranks(known)}
 
 
@@ -180,7 +183,7 @@ def _own_scores(scorer: ConditionedScorer, asked: Asked, texts: Texts, which: Te
     pictures = own // count
     for some in pictures.unique().split(block):  # both ascending
         mine = torch.isin(pictures, some)
-        images: Images = scorer.images(asked.tokens(first[some].tolist()))
+        images = scorer.images(asked.tokens(first[some].tolist()))
         found.append(scorer.pairs(images, texts, torch.searchsorted(some, pictures[mine]), own[mine] % count).cpu())
     return own, torch.cat(found)
 

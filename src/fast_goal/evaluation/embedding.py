@@ -227,7 +227,7 @@ def patch_hits(store: FeatureStore, asked: Questions) -> PatchHits:
     """Where the model finds the sentences that have a box."""
     if not asked.regions.sentences:
         return PatchHits(np.zeros(0, np.int64), np.zeros(0, np.int64))
-    inside = centres_inside(_input_boxes(store.clip, asked), store.clip.image_size, store.clip.patch_size)  # [S, N]
+    inside = centres_inside(input_boxes(store.clip, asked), store.clip.image_size, store.clip.patch_size)  # [S, N]
     hits = first_hits(store.similarities(asked.files, held(asked)), inside)
     return PatchHits(hits.numpy(), inside.sum(1).numpy())
 
@@ -245,7 +245,7 @@ def patch_maps(store: FeatureStore, asked: Questions, regions: Sequence[int]) ->
     side = store.clip.image_size // store.clip.patch_size
     sentences = held(asked)
     similarities = store.similarities(asked.files, [sentences[index] for index in regions])
-    boxes = _input_boxes(store.clip, asked, regions)
+    boxes = input_boxes(store.clip, asked, regions)
     maps = []
     for index, similarity, box in zip(regions, similarities.numpy(), boxes.tolist(), strict=True):
         image = open_image(asked.paths[asked.regions.images[index]])
@@ -253,7 +253,7 @@ def patch_maps(store: FeatureStore, asked: Questions, regions: Sequence[int]) ->
     return maps
 
 
-def _input_boxes(clip: Clip, asked: Questions, which: Sequence[int] | None = None) -> Tensor:
+def input_boxes(clip: Clip, asked: Questions, which: Sequence[int] | None = None) -> Tensor:
     """The boxes of some sentences, or of all, in pixels of the model's input: [s, 4]."""
     chosen = range(len(asked.regions.sentences)) if which is None else which
     found = [

@@ -21,8 +21,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +36,8 @@ from fast_goal.model.pooling import TextConditionedPooling
 BLOCKS = {"cpu": 5 << 17, "other": 1 << 27}  # logits of a block, guesses: about the caches of two cores; 512 MB
 STRIPS = 4  # of the triangle; more leave out more zeros and make thinner products
 MOST = 100.0  # logits (of 2) up to which their powers, summed and multiplied with values, stay far from float32's 2^128
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,12 @@ class ConditionedScorer:
     """Scores with one pooling, on its device and in its precision; a change of its weights after this is not seen.
 
     block: logits that are held at once (of all heads and patches), None: what suits the device. Beside the results and what
-    `texts` and `images` return, memory is some three times that. Not for several threads at once.
+    `texts` and `images` return, memory is some three times that, for each worker. workers: threads that take the blocks on a
+    CPU, each computing alone. torch's own threads share every operation instead and wait for each other after it, some 20
+    times a block, which is slow where other work runs beside. A scorer is not for several callers at once.
     """
 
-    def __init__(self, pooling: TextConditionedPooling, block: int | None = None):
+    def __init__(self, pooling: TextConditionedPooling, block: int | None = None, workers: int = 1):
         self._pooling = pooling
         weight, bias = pooling.attention.out_proj.weight.detach(), pooling.attention.out_proj.bias.detach()
         rotation, triangle = torch.linalg.qr(weight.cpu().double())
@@ -74,7 +81,8 @@ class ConditionedScorer:
         self._bias = (rotation.T @ bias.cpu().double()).to(weight)[:, None]
         self._rotation = rotation.to(weight)
         self._block = block or BLOCKS.get(weight.device.type, BLOCKS["other"])
-        self._space: dict[str, Tensor] = {}
+        self._workers = workers if weight.device.type == "cpu" else 1
+        self._spaces = threading.local()
 
     @property
     def device(self) -> torch.device:
@@ -107,13 +115,16 @@ class ConditionedScorer:
         per_pair, shifted = self._per_pair(images), self._may_overflow(images, texts)
         wide = _even(len(texts), self._block // per_pair)
         high = max(1, self._block // (per_pair * wide))
-        with self._exact():
-            for right in range(0, len(texts), wide):
-                queries = texts.queries[..., right : right + wide].contiguous()
-                units = texts.units[:, None, right : right + wide].contiguous()
-                for top in range(0, len(images), high):
-                    keys, values = images.keys[top : top + high], images.values[top : top + high]
-                    self._score(keys, values, queries, units, shifted, found[top : top + high, right : right + wide])
+
+        def score(parts: tuple[slice, slice]) -> None:
+            mine, asked = parts
+            with self._exact():
+                queries, units = texts.queries[..., asked].contiguous(), texts.units[:, None, asked].contiguous()
+                self._score(images.keys[mine], images.values[mine], queries, units, shifted, found[mine, asked])
+
+        rows = [slice(top, top + high) for top in range(0, len(images), high)]
+        columns = [slice(left, left + wide) for left in range(0, len(texts), wide)]
+        _each(score, [(mine, asked) for asked in columns for mine in rows], self._workers)
         return found
 
     def pairs(self, images: Images, texts: Texts, rows: Tensor, columns: Tensor) -> Tensor:
@@ -125,16 +136,18 @@ class ConditionedScorer:
         found = self._new(len(rows))
         if not len(rows):
             return found
-        order = rows.argsort(stable=True)
-        shifted = self._may_overflow(images, texts)
-        with self._exact():
-            for places, which in self._grouped(rows[order], self._per_pair(images)):
-                image = which.to(self.device)  # [b]
-                column = columns[order[places]].to(self.device)  # [b, t]
+        order, shifted = rows.argsort(stable=True), self._may_overflow(images, texts)
+
+        def score(parts: tuple[Tensor, Tensor]) -> None:
+            places, which = parts
+            with self._exact():
+                image, column = which.to(self.device), columns[order[places]].to(self.device)  # [b], [b, t]
                 queries = texts.queries[..., column].permute(2, 0, 1, 3)  # [b, H, d, t]
                 scores = self._new(*places.shape)
                 self._score(images.keys[image], images.values[image], queries, texts.units[:, column], shifted, scores)
                 found[order[places].flatten().to(self.device)] = scores.flatten()  # what was filled up has the same score twice
+
+        _each(score, list(self._grouped(rows[order], self._per_pair(images))), self._workers)
         return found
 
     def _grouped(self, rows: Tensor, per_pair: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -187,10 +200,10 @@ class ConditionedScorer:
 
     def _empty(self, name: str, *shape: int) -> Tensor:
         """Memory that is kept from block to block, so that it stays in the cache."""
-        size = math.prod(shape)
-        if name not in self._space or self._space[name].numel() < size:
-            self._space[name] = self._new(size)
-        return self._space[name][:size].view(shape)
+        space, size = self._spaces.__dict__, math.prod(shape)  # of this thread
+        if name not in space or space[name].numel() < size:
+            space[name] = self._new(size)
+        return space[name][:size].view(shape)
 
     def _new(self, *shape: int) -> Tensor:
         with self._exact():
@@ -213,6 +226,27 @@ def conditioned_scores(pooling: TextConditionedPooling, tokens: Tensor, queries:
     """The scores [I, T] of projected patches [I, N, D] with projected texts [T, D], neither normalised."""
     scorer = ConditionedScorer(pooling, block)
     return scorer.scores(scorer.images(tokens), scorer.texts(queries))
+
+
+def _each(work: Callable[[T], None], parts: Sequence[T], workers: int) -> None:
+    """Does the work for each part, by threads in which torch has no threads of its own."""
+    workers = min(workers, len(parts))
+    if workers < 2:
+        for part in parts:
+            work(part)
+        return
+    threads, ready = torch.get_num_threads(), threading.Barrier(workers + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)  # of this thread, and of those that begin before it is set back
+        ready.wait()
+
+    with ThreadPoolExecutor(workers, initializer=start) as pool:
+        done = [pool.submit(work, part) for part in parts]
+        ready.wait()
+        torch.set_num_threads(threads)
+        for one in done:
+            one.result()
 
 
 def _longest(lengths: Tensor) -> Tensor:

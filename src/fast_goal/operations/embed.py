@@ -259,6 +259,8 @@ def _texts_and_parts(
 
 def _read(paths: Sequence[Path], store: FeatureStore, patches: bool) -> Iterator[_Image]:
     """Each file in turn, read by threads ahead of the one who asks."""
+    if patches:
+        store.tokens([])  # opens their table: two threads that did it at once would each have their own
     pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
     try:
         waiting: deque[Future[_Image]] = deque()

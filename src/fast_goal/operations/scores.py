@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fast_goal.errors import DataError
+from fast_goal.evaluation.headline import MODES
 from fast_goal.files import atomic_path, digest
 from fast_goal.operations import embed
 from fast_goal.progress import Progress
-from fast_goal.tracking.pyfunc import MODES, TOP_K
+from fast_goal.tracking.pyfunc import TOP_K
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,8 +89,7 @@ def _pairs(name: str) -> Any:
 
 def _draw(name: str, study: Study, metrics: Mapping[str, Any]) -> list[Picture]:
     """Draws the pictures of one data set, those for which it has something to show."""
-    from fast_goal.evaluation import examples, patch_pictures, pictures
-    from fast_goal.evaluation.attention import has_pooling
+    from fast_goal.evaluation import examples, pictures
     from fast_goal.evaluation.report import Picture
 
     config, count, drawn = study.config, study.config.pictures, []
@@ -144,6 +143,50 @@ def _draw(name: str, study: Study, metrics: Mapping[str, Any]) -> list[Picture]:
                 f"The similarity of each patch with a sentence, for {len(located)} sentences of {name} drawn at random, not "
                 "chosen. Dashed: the sentence's box. A tick or a cross: the most similar patch, inside or outside.",
             )
+    _draw_by_patches(name, study, metrics, file, add)
+    for task, title, asked in (
+        ("composition", "True and false captions", "told its own caption from all the foils"),
+        ("zero_shot", "Classification", "found the right class"),
+    ):
+        if task in metrics:
+            pictures.draw_suites(metrics[task], name, file(task))
+            text = f"How often each model {asked}, by suite and group of {name}; dotted, how often chance would."
+            add(task, title, text)
+    if count:
+        pictures.draw_components(examples.components(study, count), file("components"))
+        add(
+            "components",
+            "What the patches tell apart",
+            f"Images of {name}, drawn at random, and their patches after the last block of the base and of the fine-tuned "
+            "model, coloured by their first three principal components. Patches of like colour are alike to that model; "
+            "colours of different models do not compare.",
+        )
+    if count and study.asked.long.texts:
+        planes = examples.planes(study)
+        pictures.draw_planes(planes, name, file("map"))
+        add(
+            "map",
+            "Images and captions on a map",
+            f"{len(planes['base'].images)} images of {name} (squares) and their long captions (circles), drawn at random, on "
+            "the first two principal components of their features, the base beside the fine-tuned model; a line joins what "
+            "belongs together.",
+        )
+    return drawn
+
+
+def _draw_by_patches(
+    name: str,
+    study: Study,
+    metrics: Mapping[str, Any],
+    file: Callable[[str], Path],
+    add: Callable[[str, str, str], None],
+) -> None:
+    """The part of `_draw` that is about text-conditioned pooling and segmentation. file: where a picture of a kind goes; add:
+    takes its kind, title and text."""
+    from fast_goal.evaluation import examples, patch_pictures
+    from fast_goal.evaluation.attention import has_pooling
+
+    config, count = study.config, study.config.pictures
     if metrics.get("conditioned"):
         patch_pictures.draw_modes(metrics["conditioned"], config.ks, name, file("modes"))
         add(
@@ -182,34 +225,6 @@ def _draw(name: str, study: Study, metrics: Mapping[str, Any]) -> list[Picture]:
             f"each model finds among the {found['names']} of {suite}. Grey: no class, or not seen. Pale: what a model says of "
             "pixels that have no class, which do not count.",
         )
-    for task, title, asked in (
-        ("composition", "True and false captions", "told its own caption from all the foils"),
-        ("zero_shot", "Classification", "found the right class"),
-    ):
-        if task in metrics:
-            pictures.draw_suites(metrics[task], name, file(task))
-            text = f"How often each model {asked}, by suite and group of {name}; dotted, how often chance would."
-            add(task, title, text)
-    if count:
-        pictures.draw_components(examples.components(study, count), file("components"))
-        add(
-            "components",
-            "What the patches tell apart",
-            f"Images of {name}, drawn at random, and their patches after the last block of the base and of the fine-tuned "
-            "model, coloured by their first three principal components. Patches of like colour are alike to that model; "
-            "colours of different models do not compare.",
-        )
-    if count and study.asked.long.texts:
-        planes = examples.planes(study)
-        pictures.draw_planes(planes, name, file("map"))
-        add(
-            "map",
-            "Images and captions on a map",
-            f"{len(planes['base'].images)} images of {name} (squares) and their long captions (circles), drawn at random, on "
-            "the first two principal components of their features, the base beside the fine-tuned model; a line joins what "
-            "belongs together.",
-        )
-    return drawn
 
 
 def _draw_training(loss: str, validation: str, stage: str, history: Sequence[Mapping[str, Any]]) -> list[Picture]:

@@ -29,6 +29,7 @@ import numpy as np
 
 from fast_goal.environment import device, prepare
 from fast_goal.errors import DataError
+from fast_goal.evaluation.headline import MODES
 from fast_goal.tracking.contents import IMAGE_KINDS, Access, check_pixels, read_content, shown
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
 COLUMNS = ("text", *IMAGE_KINDS)
 OUTPUTS = ("embedding", "scores")
-MODES = ("global", "conditioned", "rerank")  # of the scores; all but the first need a text-conditioned pooling
 TOP_K = 128  # that `rerank` compares again
 PARAMS = ("output", "mode", "top_k")
 BATCH_SIZE = 64
@@ -152,7 +152,7 @@ class Embedder:
 
     @property
     def modes(self) -> list[str]:
-        """Those of MODES that this model has."""
+        """Those of MODES that this model has: all but the first need a text-conditioned pooling."""
         return list(MODES if self.clip.pooling is not None else MODES[:1])
 
     def _asked(self, params: Mapping[str, Any] | None) -> Asked:

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fast_goal.errors import ModelError
+from fast_goal.evaluation.headline import MODES
 from fast_goal.files import tree_digest
-from fast_goal.tracking.pyfunc import COLUMNS, MODES, OUTPUTS, TOP_K
+from fast_goal.tracking.pyfunc import COLUMNS, OUTPUTS, TOP_K
 from fast_goal.tracking.server import connect, tracking_uri
 
 if TYPE_CHECKING:

@@ -1,7 +1,6 @@
-"""The batches of fine-tuning: global images with captions, local crops with sentences, each image decoded once; and hard
-negative captions, and sub-captions that are drawn when a batch is made.
-
-A sample is a caption with its image: the long one, or each of the short ones, which then share the image's local pairs.
+"""The batches of fine-tuning: global images with captions, local crops with sentences, each image decoded once; hard negatives
+and sub-captions. A sample is a caption with its image: the long one, or each of the short ones, which then share the image's
+local pairs.
 
 Letters: B samples of a batch, P local pairs of them (an image may have none or several), N hard negatives of their captions
 (any number, also none), K sub-captions of a caption, S input size, L, L', L'' and L* token positions after trimming.

@@ -2,11 +2,10 @@
 
 Every input that the objective looks at is encoded once: the global images and the local crops in one batch; the captions,
 the sentences, the hard negatives and the sub-captions in one pass each, trimmed separately; and, where there is a teacher,
-once more by it. With accumulation a batch
-goes through the towers in parts, and the loss is still that of the whole batch: the features of all parts first, without a
-graph; the loss and its gradient with respect to them; then each part again, with a graph, into which its share of that
-gradient is fed (Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup"). It costs a
-second forward pass, but none of the teacher.
+once more by it. With accumulation a batch goes through the towers in parts, and the loss is still that of the whole batch: the
+features of all parts first, without a graph; the loss and its gradient with respect to them; then each part again, with a
+graph, into which its share of that gradient is fed (Gao et al. 2021, "Scaling deep contrastive learning batch size under
+memory limited setup"). It costs a second forward pass, but none of the teacher.
 
 A text-conditioned pooling is a part of the loss: its parameters get their gradient as the loss's is computed.
 

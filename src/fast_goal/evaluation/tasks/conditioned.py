@@ -42,8 +42,8 @@ class Conditioned:
     def measure(self, study: Study) -> dict[str, Any]:
         """By retrieval task of `evaluate.conditioned_on`; see `_measured`."""
         clip = study.stores[MODEL].clip.to(study.stores[MODEL].device)
-        scorer = ConditionedScorer(clip.pooling.pooling)
-        return {name: _measured(study, scorer, variant) for name, variant in _variants(study)}
+        scorer = ConditionedScorer(clip.pooling.pooling, workers=torch.get_num_threads())
+        return {name: _measured(study, scorer, variant, name) for name, variant in _variants(study)}
 
 
 def _variants(study: Study) -> Iterator[tuple[str, Variant]]:
@@ -61,7 +61,7 @@ def _variants(study: Study) -> Iterator[tuple[str, Variant]]:
         raise NotAsked(" or ".join(dict.fromkeys(reasons)) or "queries")
 
 
-def _measured(study: Study, scorer: ConditionedScorer, variant: Variant) -> dict[str, Any]:
+def _measured(study: Study, scorer: ConditionedScorer, variant: Variant, name: str) -> dict[str, Any]:
     """For each mode and direction what `retrieval.summary` gives, and `tied` (see comparison.py); `difference`: from `global`,
     with interval and p over the images. `seconds_per_query`: the median for a text that asks `timed_images` images."""
     config, store, files = study.config, study.stores[MODEL], study.asked.files
@@ -73,7 +73,8 @@ def _measured(study: Study, scorer: ConditionedScorer, variant: Variant) -> dict
         pictures=torch.from_numpy(np.unique([file.content for file in files], return_inverse=True)[1]),
         tokens=lambda rows: store.tokens([files[row] for row in rows]),
     )
-    found = conditioned.mode_ranks(scorer, asked, study.ranks(MODEL, variant), config.rerank, config.score_block)
+    known, said = study.ranks(MODEL, variant), f"conditioned, {name}"
+    found = conditioned.mode_ranks(scorer, asked, known, config.rerank, config.score_block, said)
     queries = found["global"]["best"].query_images.numpy()
     resampled = {"text_to_image": study.asked.groups[variant.images], "image_to_text": study.asked.groups[queries]}
 
