@@ -361,7 +361,7 @@ def test_one_table_holds_every_task(tmp_path, full):
     assert len(rows) == 2 + 2 + 2 + 2 + 2, "two truncations, robustness and joint both ways, and two drops"
     assert "About truncation." in part and "About short." not in part
     assert "R@10" not in text
-    assert "`x`: no sentence average, for want of long captions in the split `x`." in text.split("## What was left out")[1]
+    assert "`x`, split `x`: no `sentence_average`, for want of long captions." in text.split("## What was left out")[1]
 
 
 def test_significance_is_that_of_holms_correction(full):

@@ -96,6 +96,9 @@ def test_three_modes_side_by_side(tmp_path, facts):
     assert [row.split(" | ")[1] for row in table[2:]] == ["R@1", "R@5", "R@10"] * 2
     assert "| single sentences | 1,000 | 0.02 ms | 12.3 ms | 4 ms |" in text
     assert "5,000 queries and 1,000 images; the best 128 are ranked again." in text
+    few = {"conditioned": {"long": {**modes(captions=128), "images": 32}}, **COUNTS}
+    small = written(tmp_path, {"x": few}, facts)
+    assert "32 images; the best 128 are ranked again, which is all of them: rerank is as conditioned." in small
     [long, sentences] = headlines({"x": found})
     assert "text-to-image R@1 41.0 → 51.0 % (+10.0, 95 % interval +9.0 to +11.0)." in long
     assert sentences.startswith("`x`, single sentences,") and "no difference shown" in sentences

@@ -205,7 +205,9 @@ def test_what_does_not_fit_is_refused_before_any_work():
     check_objectives(params())
     with pytest.raises(ConfigError, match=r"finetune\.captions = 'short': the sub-captions"):
         check_objectives(params("finetune.captions=short"))
-    with pytest.raises(ConfigError, match=r"objective: heads = 7 do not divide base\.scratch\.embed_dim"):
+    with pytest.raises(
+        ConfigError, match=r"objective\.heads = 7 does not divide base\.scratch\.embed_dim = 128\. Set objective\.heads=8"
+    ):
         check_objectives(params("objective.heads=7"))
     for bad in ("objective.sub_captions.consecutive=1.5", "objective.sub_captions.count=0", "objective.heads=0"):
         with pytest.raises(ConfigError, match=bad.split("=")[0].replace(".", r"\.")):

@@ -127,7 +127,8 @@ def test_nothing_is_done_twice_and_features_are_shared(project, monkeypatch):
 def test_patches_and_queries_are_what_the_pooling_takes(project):
     told = embed.run(project / "photos", project / "photos.parquet", "model", patches=True)
     assert "10 images, 16 numbers each, and 16 patches of as many; 1 skipped" in told
-    embed.run(project / "captions.csv", project / "captions.parquet", "model", column="caption", patches=True)
+    told = embed.run(project / "captions.csv", project / "captions.parquet", "model", column="caption", patches=True)
+    assert "16 numbers each, and a query of as many" in told
     images, texts = pq.read_table("photos.parquet"), pq.read_table("captions.parquet")
     assert images.schema.field("patches").type == pa.list_(pa.float32(), 256)
     assert texts.schema.field("queries").type == pa.list_(pa.float32(), 16)

@@ -137,7 +137,7 @@ def test_choices_and_classes_are_measured_and_told(evaluated):
     ]
     assert "24 images, whole or cut out, to put into 5 classes, each the mean of 2 prompts." in report
     assert report.count("\n| True and false captions (scenes_sentences) | accuracy |") == 1, "corrected with all the others"
-    assert "`photos`: no composition, for want of captions to choose from in the split `test`." in report
+    assert "`photos`, split `test`: no `composition`, for want of captions to choose from." in report
     suites = "composition of `scenes_sentences`, zero shot of `scenes_colours`"
     assert report.count(f"No number of DeGLA's paper (base and fine-tuned: {suites}): it measures") == 1
     assert "`scenes`, composition of scenes_sentences: only 24 choices" in report
@@ -327,7 +327,7 @@ def test_without_git_history_and_boxes(tmp_path, monkeypatch):
     evaluate.main(params("evaluate.datasets=[photos]", "evaluate.pictures=0", "base.kind=pretrained"), Recorder())
     text = Path("models/reports/report.md").read_text()
     assert "`none`" in text, "the commit"
-    assert "no localisation, for want of boxes" in text
+    assert "no `localisation`, for want of boxes" in text
     assert "**The base is weak.**" not in text
     assert "crop (base), pad (fine-tuned)" in text
     assert Path("models/reports/history.csv").read_text() == "step,loss\n"

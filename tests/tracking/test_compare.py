@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -122,9 +123,9 @@ def test_worse_and_better_and_three_runs(ids):
     assert found["datasets"] == {"scenes (training)": ["aaaa", "aaaa", "bbbb"]}
     assert found["metrics"][RECALL] == {"values": [30.0, 31.5, 25.0], "differences": [0.0, 1.5, -5.0], "better": "higher"}
     loss = found["metrics"]["finetune.loss"]
-    assert loss["values"] == [1.5, None, 1.9] and loss["better"] == "lower"
+    assert loss["values"] == [1.5, None, 1.9] and loss["better"] is None, "their weights differ"
     table = invoke(ids[0], ids[2], "--format", "md")
-    assert f"| {RECALL} | 30 | 25 | -5 worse |" in table and "| finetune.loss | 1.5 | 1.9 | +0.4 worse |" in table
+    assert f"| {RECALL} | 30 | 25 | -5 worse |" in table and "| finetune.loss | 1.5 | 1.9 | +0.4 |" in table
     assert "## Data sets" in table
 
 
@@ -195,6 +196,7 @@ def test_three_methods_read_side_by_side():
         "",
     ]
     assert "| s.long.finetuned.text_to_image.R1 | 40 | 42 | +2 better | 41 | +1 better |" in tables["Metrics"]
+    assert "| finetune.loss | 1 | 2 | +1 | 9 | +8 |" in tables["Metrics"], "losses of different objectives do not compare"
     assert "| objective.heads | - | - | 8 |" in tables["Parameters that not every run has"]
     some = tables["Metrics that not every run has"]
     assert "| finetune.tsl_image | - | 0.25 | - |" in some and "| finetune.tcs | - | - | 0.5 |" in some
@@ -202,6 +204,13 @@ def test_three_methods_read_side_by_side():
     found = json.loads(compare.as_json(compare.compare(METHODS)))
     assert found["about"]["objective"] == ["global", "fast_goal", "flair"]
     assert found["metrics"]["s.conditioned.long.finetuned.rerank.text_to_image.R1"]["values"] == [None, None, 49.0]
+
+
+def test_losses_of_one_objective_compare():
+    again = recorded("d", "flair", {"objective.heads": "8"}, {"finetune.loss": 8.0, "base.loss": 1.0})
+    assert "| finetune.loss | 9 | 8 | -1 better |" in compare.as_markdown(compare.compare([METHODS[2], again]))
+    from_others = replace(METHODS[0], metrics={"base.loss": 2.0})
+    assert "| base.loss | 2 | 1 | -1 better |" in compare.as_markdown(compare.compare([from_others, again]))
 
 
 def test_without_a_pooling_there_are_no_ways_of_asking():

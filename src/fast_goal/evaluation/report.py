@@ -304,8 +304,7 @@ def left_out(metrics: Mapping[str, Mapping[str, Any]], facts: Facts) -> list[str
     lines = []
     for name, values in metrics.items():
         for task, reason in values["skipped"].items():
-            words = task.replace("_", " ")
-            lines.append(f"`{name}`: no {words}, for want of {reason} in the split `{facts.split}`.")
+            lines.append(f"`{name}`, split `{facts.split}`: no `{task}`, for want of {reason}.")
     return lines
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -126,7 +127,10 @@ class Clip(nn.Module):
     def add_pooling(self, heads: int, seed: int = 0) -> None:
         """Gives the model a fresh head of text-conditioned pooling; the same seed gives the same one. Raises ConfigError."""
         if self.embed_dim % heads:
-            raise ConfigError(f"heads = {heads}: {self.name} has embeddings of {self.embed_dim}, which so many do not divide")
+            raise ConfigError(
+                f"objective.heads = {heads} does not divide {self.embed_dim}, the width of the embeddings of {self.name}. "
+                f"Set it to {math.gcd(8, self.embed_dim)}, or another divisor"
+            )
         head, device = PoolingHead(self.embed_dim, heads, seed), self.model.logit_scale.device
         # of fake tensors (training/memory.py) an attention cannot be moved, not even to where it is
         self.pooling = (head if device == head.logit_scale.device else head.to(device)).train(self.training)

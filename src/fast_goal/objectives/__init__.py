@@ -246,7 +246,10 @@ def check_objectives(params: Params) -> None:
         check_captions(made, training.captions, section)
         width = params.base.scratch.embed_dim if params.base.kind == "scratch" else None  # of others the model tells
         if made.heads is not None and width is not None and width % made.heads:
-            raise ConfigError(f"{name}: heads = {made.heads} do not divide base.scratch.embed_dim = {width}")
+            raise ConfigError(
+                f"{name}.heads = {made.heads} does not divide base.scratch.embed_dim = {width}. Set "
+                f"{name}.heads={math.gcd(8, width)}, or another divisor of it"
+            )
         if made.needs_local and not params.flism.splits:
             raise ConfigError(
                 f"{name}.name = {values['name']!r} needs local pairs, but flism.splits = []: nothing is matched. Set "

@@ -17,7 +17,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fast_goal.errors import FastGoalError
@@ -33,6 +33,7 @@ HIDDEN = "system/"  # metrics: the load of the machine
 HIGHER = re.compile(
     r"(^|[._])(R(_at_)?\d+|hit(_at_)?\d+|mAP(_at_)?\d+|mrr|accuracy(_at_)?\d*|macro|mIoU|IoU|samples_per_second)([._]|$)"
 )
+LOSS = re.compile(r"^finetune\.(.+[._])?loss$")  # of another objective it is another measure
 LOWER = re.compile(
     r"(^|[._])(loss|global|local|tsl_image|tsl_text|igc|tgc|distillation|tcs|mps|rank|seconds|seconds_total|memory_gb|skipped|drop)"
     r"([._]|$)"
@@ -46,6 +47,7 @@ class Row:
 
     name: str
     values: tuple[Any, ...]
+    judged: bool = True  # False: of a metric that measures something else in each run
 
     @property
     def differs(self) -> bool:
@@ -103,7 +105,15 @@ def compare(runs: Sequence[Recorded], everything: bool = False) -> Comparison:
         return {"objective": one.params.get("objective.name"), **told, "status": one.status}
 
     about = sorted(rows(facts), key=lambda row: row.name != "objective")
-    return Comparison(runs, about, rows(lambda one: one.datasets), rows(lambda one: one.params), rows(metrics))
+    found = rows(metrics)
+    if len({frozenset(_objective(one)) for one in runs}) > 1:
+        found = [replace(row, judged=LOSS.search(row.name) is None) for row in found]
+    return Comparison(runs, about, rows(lambda one: one.datasets), rows(lambda one: one.params), found)
+
+
+def _objective(run: Recorded) -> list[tuple[str, Any]]:
+    """What fine-tuning made small."""
+    return [(name, value) for name, value in run.params.items() if name.startswith("objective.")]
 
 
 def by_mode(found: Comparison) -> dict[str, dict[int, dict[str, float]]]:
@@ -149,7 +159,7 @@ def difference(row: Row, index: int) -> tuple[float | None, str]:
     first, other = row.values[0], row.values[index]
     if first is None or other is None:
         return None, ""
-    gap, good = other - first, direction(row.name)
+    gap, good = other - first, direction(row.name) if row.judged else None
     if not math.isfinite(gap) or gap == 0 or good is None:
         return gap, ""
     return gap, "better" if (gap > 0) == (good == "higher") else "worse"
@@ -167,7 +177,7 @@ def as_json(found: Comparison) -> str:
             row.name: {
                 "values": [_finite(value) for value in row.values],
                 "differences": [_finite(difference(row, index)[0]) for index in range(len(row.values))],
-                "better": direction(row.name),
+                "better": direction(row.name) if row.judged else None,
             }
             for row in found.metrics
         },

@@ -111,7 +111,7 @@ def run(source: Path, output: Path, model: str, batch_size: int = 64, column: st
     about = {KEY: key, **opened.described(), "fast_goal.source": str(source), "fast_goal.skipped": str(len(found.skipped))}
     columns = {name: [values[row] for row in kept] for name, values in found.columns.items()}
     _write(output, columns, parts, {**about, **notes})
-    told = f"{output}: {len(kept)} {found.kind}, {store.clip.embed_dim} numbers each{_more_note(notes)}"
+    told = f"{output}: {len(kept)} {found.kind}, {store.clip.embed_dim} numbers each{_more_note(notes, patches)}"
     return f"{told}{skipped_note(found.skipped, skipped)}{cut_note(notes, len(kept))}"
 
 
@@ -304,8 +304,10 @@ def cut_note(notes: dict[str, str], count: int) -> str:
     return f"; {cut} of {count} texts are longer than the model reads and were cut off" if cut else ""
 
 
-def _more_note(notes: dict[str, str]) -> str:
-    return f", and {notes[PATCHES].partition(' ')[0]} patches of as many" if PATCHES in notes else ""
+def _more_note(notes: dict[str, str], patches: bool) -> str:
+    if PATCHES in notes:
+        return f", and {notes[PATCHES].partition(' ')[0]} patches of as many"
+    return ", and a query of as many" if patches else ""
 
 
 def _write(output: Path, columns: dict[str, list[str]], parts: Iterator[dict[str, np.ndarray]], about: dict[str, str]) -> None:
