@@ -24,11 +24,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fast_goal.evaluation.headline import MODES
 from fast_goal.evaluation.retrieval import TIES, Ranks, Ties
 from fast_goal.model.conditioned import ConditionedScorer, Texts
 from fast_goal.progress import Progress
 
-MODES = ("global", "conditioned", "rerank")
 CHUNK = 1024  # images, and texts, whose plain cosines are held at once
 INDEX_BITS, PLACE = 24, 1 << 24  # of a candidate's index in the keys by which the best k are found
 TIMED = 21  # queries whose times the median is taken of
