@@ -1,8 +1,11 @@
 import dataclasses
 import logging
 import multiprocessing
+import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +23,7 @@ from fast_goal.data.captions import tokenize
 from fast_goal.data.images import View, normalised
 from fast_goal.errors import ConfigError, DataError, FastGoalError
 from fast_goal.objectives import Plain
+from fast_goal.training import batches as batches_module
 from fast_goal.training import views as views_module
 from fast_goal.training.batches import Loader, PairDataset, pair_dataset
 from fast_goal.training.distributed import Group
@@ -342,6 +346,52 @@ def test_a_killed_worker_is_reported(make_scenes, tiny_clip):
         for _ in loader.epoch(0):
             for worker in loader._loader._iterator._workers:
                 worker.kill()
+
+
+def test_a_worker_killed_as_it_writes_is_reported(monkeypatch):
+    """The read of what it did not finish never ends: here of a pipe that stays open and into which nobody writes."""
+    monkeypatch.setattr(batches_module, "LOOK", 0.2)
+    reading, writing = os.pipe()
+    worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+    worker.start()
+
+    class Batches:
+        _workers = (worker,)
+
+        def __next__(self) -> bytes:
+            return os.read(reading, 1)
+
+    following = batches_module._Following(Batches())
+    os.write(writing, b"1")
+    assert following() == b"1"
+    worker.kill()
+    with pytest.raises(RuntimeError, match="exited unexpectedly as it handed a batch over"):
+        following()
+    os.write(writing, b"2")  # lets the thread go
+    worker.join()
+
+
+def test_what_reads_ahead_ends_with_the_epoch():
+    before = threading.active_count()
+    following = batches_module._Following(TwoBatches())
+    assert [following(), following(), following()] == [1, 2, None]
+    del following
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+class TwoBatches:
+    """Two batches of no worker."""
+
+    _workers = ()
+
+    def __init__(self):
+        self._left = iter([1, 2])
+
+    def __next__(self) -> int:
+        return next(self._left)
 
 
 @pytest.mark.gpu

@@ -8,11 +8,13 @@ Letters: B samples of a batch, P local pairs of them (an image may have none or 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 import weakref
@@ -21,7 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -48,6 +50,7 @@ from fast_goal.training.views import Files, Views
 PIXELS, SHARDS = Path(".fast_goal/pixels"), Path(".fast_goal/shards")
 SENTENCES = Path(".fast_goal/embeddings")  # where FLISM keeps their bounds
 ENDED = ("exited unexpectedly", "killed by signal")  # torch's words for a dead worker
+LOOK = 5.0  # seconds between two looks at the workers while a batch is waited for
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
@@ -520,9 +523,10 @@ class Loader:
             batches = iter(self._loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        following = _Following(batches) if self._loader.num_workers else functools.partial(next, batches, None)
         while True:
             try:
-                batch = next(batches, None)
+                batch = following()
             except (RuntimeError, EOFError, ConnectionError) as error:  # the last two: while it handed a batch over
                 if isinstance(error, RuntimeError) and not any(words in str(error) for words in ENDED):
                     raise
@@ -580,6 +584,39 @@ class _Guarded(TorchDataset):
             return self._samples.batch(indices, self._seed, epoch)
         except DataError as error:
             return error
+
+
+class _Following:
+    """The next batch of the workers, None after the last, read by a thread: of a batch that a worker did not finish writing as
+    it was killed, the read never ends, and torch, which does not look at the workers meanwhile, would wait with it."""
+
+    def __init__(self, batches: Iterator[Batch]):
+        self._workers = batches._workers
+        self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._read: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        threading.Thread(target=_read_on, args=(batches, self._wanted, self._read), daemon=True).start()
+        weakref.finalize(self, self._wanted.put, False)
+
+    def __call__(self) -> Batch | None:
+        self._wanted.put(True)
+        dead = False
+        while True:
+            with contextlib.suppress(queue.Empty):
+                batch, error = self._read.get(timeout=LOOK)
+                if error is not None:
+                    raise error
+                return batch
+            if dead:
+                raise RuntimeError(f"a worker {ENDED[0]} as it handed a batch over")
+            dead = not all(worker.is_alive() for worker in self._workers)  # what came before its end may still be read
+
+
+def _read_on(batches: Iterator[Batch], wanted: queue.SimpleQueue, read: queue.SimpleQueue) -> None:
+    while wanted.get():
+        try:
+            read.put((next(batches, None), None))
+        except BaseException as error:
+            read.put((None, error))
 
 
 def _shut_down(loader: DataLoader) -> None:
