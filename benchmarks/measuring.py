@@ -33,7 +33,7 @@ PARTS = {  # file, or file:function, of the package -> part of the work; the inn
     "flism/embedder.py:cut": "crop",
     "flism/embedder.py:pixel_boxes": "crop",
     "flism/embedder.py": "embed",
-    "flism/splitter.py": "split",
+    "data/splitter.py": "split",
     "model/clip.py": "embed",
     "data/captions.py": "split",
     "flism/detectors/": "detect",

@@ -18,7 +18,8 @@ from measuring import in_turns, ratio, spread_of, synchronize
 from fast_goal.config import PublishConfig
 from fast_goal.data.publication import write_publication
 from fast_goal.data.records import SKIPPED, Dataset
-from fast_goal.training.batches import Loader, PairDataset
+from fast_goal.training.batches import PairDataset
+from fast_goal.training.loader import Loader
 from fast_goal.training.step import TrainStep
 
 if TYPE_CHECKING:

@@ -42,7 +42,8 @@ from train_reference import SHORT_CONTEXT, Samples, SlowStep, ladder
 from fast_goal.environment import device as default_device
 from fast_goal.environment import prepare
 from fast_goal.model.clip import Clip
-from fast_goal.training.batches import Batch, Loader, PairDataset
+from fast_goal.training.batches import Batch, PairDataset
+from fast_goal.training.loader import Loader
 from fast_goal.training.loop import autocast_dtype
 from fast_goal.training.step import TrainStep, batch_features
 

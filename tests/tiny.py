@@ -1,4 +1,6 @@
-"""The sizes of the smallest CLIP that the tests train."""
+"""The smallest CLIP that the tests train."""
+
+from fast_goal.config import ScratchConfig
 
 # the sizes among the fields of ScratchConfig
 CLIP = {
@@ -11,3 +13,18 @@ CLIP = {
     "text_layers": 1,
     "head_width": 8,
 }
+
+
+def scratch_config(**changes) -> ScratchConfig:
+    """A base that is trained from scratch in a moment."""
+    values = {
+        "split": "pretrain",
+        **CLIP,
+        "vision_layers": 2,
+        "steps": 20,
+        "batch_size": 4,
+        "learning_rate": 5e-3,
+        "weight_decay": 0.1,
+        "warmup_steps": 2,
+    }
+    return ScratchConfig(**(values | changes))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fast_goal.cache import SplitCache
-from fast_goal.data import sub_captions
+from fast_goal.data import splitter, sub_captions
 from fast_goal.data.captions import split_sentences
 from fast_goal.data.sub_captions import CHOICES, TEXTS, Sentences, choices, draw, drawing, sentence_bounds, splitter_digest
 from fast_goal.errors import FastGoalError
@@ -94,7 +94,7 @@ def test_the_sentences_are_those_of_the_splitter():
 
 def test_many_captions_are_split_in_processes_and_kept(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sub_captions, "LARGE", 5)
-    monkeypatch.setattr(sub_captions, "AT_ONCE", 4)
+    monkeypatch.setattr(splitter, "AT_ONCE", 4)
     here = []
     monkeypatch.setattr(sub_captions, "_split", lambda captions: here.append(captions) or [])
     check(sentence_bounds(CAPTIONS, tmp_path, keep=False))
@@ -118,6 +118,15 @@ def test_what_flism_has_split_is_not_split_again(tmp_path, monkeypatch):
 
 def test_a_process_that_ends_early_is_told(monkeypatch, capfd):
     monkeypatch.setattr(sub_captions, "LARGE", 1)
-    monkeypatch.setattr(sub_captions, "__name__", "fast_goal.no_such_module")
+    monkeypatch.setattr(splitter, "__name__", "fast_goal.no_such_module")
     with pytest.raises(FastGoalError, match="ended with exit status 1"):
         sentence_bounds(CAPTIONS)
+
+
+def test_a_process_that_has_ended_is_told_though_its_pipe_takes_more(monkeypatch, capfd):
+    monkeypatch.setattr(splitter, "__name__", "fast_goal.no_such_module")
+    monkeypatch.setattr(splitter, "_send", lambda stream, value: None)
+    with splitter.Splitter(None, 1) as split_beside:
+        split_beside._children[0]._reader.join(60)
+        (future,) = split_beside.submit(CAPTIONS[:1])
+        assert "exit status 1" in str(future.exception(60))

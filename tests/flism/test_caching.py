@@ -12,9 +12,10 @@ from colours import ColourClip, ColourDetector, flism_config
 from PIL import Image
 
 from fast_goal.config import ScratchConfig, build
+from fast_goal.data import splitter
 from fast_goal.data.images import View, crop, open_image
 from fast_goal.data.records import load_dataset, write_dataset
-from fast_goal.flism import pipeline, splitter
+from fast_goal.flism import pipeline
 from fast_goal.flism.embedder import Embedder, cut, decoding_scale, pixel_boxes
 from fast_goal.flism.engine import extract
 from fast_goal.flism.regions import Detections, candidate_regions

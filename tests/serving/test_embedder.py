@@ -11,6 +11,7 @@ import pytest
 import torch
 from file_server import FileServer
 from PIL import Image
+from serving_project import pooled_clip
 from small_project import tiny_clip
 
 from fast_goal.data.captions import tokenize
@@ -84,13 +85,7 @@ def test_scores_are_the_cosines_of_images_with_texts(clip):
 @pytest.fixture(scope="module")
 def pooled():
     """The model with a text-conditioned pooling that is far from what it starts as."""
-    made = tiny_clip(0).eval()
-    made.add_pooling(4, seed=3)
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(8)
-        for value in made.pooling.parameters():
-            value += 0.3 * torch.randn_like(value)
-    return made.eval()
+    return pooled_clip(0)
 
 
 TEXTS = ["a red kite", "a blue field with a tree", "word " * 400, "a", "grey"]

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from serving_project import pooled_clip, registered
 from small_project import tiny_clip
 
 from fast_goal.errors import ModelError
@@ -23,31 +24,11 @@ from fast_goal.tracking.serving import Limits, application, check_embeds
 MODES = ("global", "conditioned", "rerank")
 
 
-def pooled_clip():
-    made = tiny_clip(1)
-    made.add_pooling(4, seed=3)
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(8)
-        for value in made.pooling.parameters():
-            value += 0.3 * torch.randn_like(value)
-    return made.eval()
-
-
 @pytest.fixture(scope="module")
 def project(tmp_path_factory, empty_store):
     """A folder with a registered model, the current one of this module."""
-    folder = tmp_path_factory.mktemp("project")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "FAST_GOAL_IMAGE_ROOT", "FAST_GOAL_ALLOW_URLS"):
-            patch.delenv(name, raising=False)
-        shutil.copy(empty_store, "mlflow.db")
-        pooled_clip().save(folder / "models/finetune", {"commit": "abc"})
-        registry.register(folder / "models/finetune", "fast-goal", "candidate", "A card.", {}, None)
+    with registered(tmp_path_factory.mktemp("project"), empty_store, pooled_clip(1), "A card.", {}) as folder:
         yield folder
-    import mlflow
-
-    mlflow.set_tracking_uri(None)
 
 
 def records():
@@ -80,7 +61,7 @@ def test_the_pooling_makes_another_model(project):
     shutil.copytree(folder, project / "towers")
     (project / "towers/pooling.safetensors").unlink()
     assert registry.model_digest(project / "towers") != whole and registry.pooling_heads(project / "towers") is None
-    other = pooled_clip()
+    other = pooled_clip(1)
     with torch.no_grad():
         other.pooling.pooling.norm_key.weight[0] += 1
     other.save(project / "other", {})
@@ -103,7 +84,7 @@ def test_every_mode_answers_alike_wherever_it_is_asked(project, client):
     from fast_goal.tracking.server import tracking_uri
 
     mlflow.set_tracking_uri(tracking_uri())
-    loaded, own = mlflow.pyfunc.load_model("models:/fast-goal@candidate"), Embedder(pooled_clip(), Access())
+    loaded, own = mlflow.pyfunc.load_model("models:/fast-goal@candidate"), Embedder(pooled_clip(1), Access())
     theirs, found = TestClient(init(loaded)), {}
     for mode in MODES:
         frame, params = pd.DataFrame(records()), asked(mode)
@@ -145,7 +126,7 @@ def test_the_parameters_stand_in_the_registry(project):
 
 
 def test_a_damaged_pooling_is_not_served_and_gets_no_alias(project):
-    damaged = pooled_clip()
+    damaged = pooled_clip(1)
     with torch.no_grad():
         damaged.pooling.pooling.norm_value.weight[0] = float("nan")
     with pytest.raises(ModelError, match=r"scores .*nan.* in the mode conditioned: its weights are damaged"):
@@ -158,5 +139,5 @@ def test_a_damaged_pooling_is_not_served_and_gets_no_alias(project):
 
 def test_the_embeddings_are_those_of_the_towers(project):
     frame = pd.DataFrame(records())
-    with_pooling, without = Embedder(pooled_clip()).predict(frame), Embedder(tiny_clip(1).eval()).predict(frame)
+    with_pooling, without = Embedder(pooled_clip(1)).predict(frame), Embedder(tiny_clip(1).eval()).predict(frame)
     np.testing.assert_array_equal(np.array(with_pooling["embedding"].tolist()), np.array(without["embedding"].tolist()))

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from serving_project import registered
 from small_project import tiny_clip
 
 from fast_goal.errors import ModelError
@@ -43,22 +43,11 @@ def encoded(color="red"):
 def project(tmp_path_factory, empty_store):
     """A folder with a registered model, the current one of this module."""
     folder = tmp_path_factory.mktemp("project")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "FAST_GOAL_IMAGE_ROOT", "FAST_GOAL_ALLOW_URLS"):
-            patch.delenv(name, raising=False)
-        from fast_goal.tracking import registry
-
-        shutil.copy(empty_store, "mlflow.db")
-        tiny_clip(1).save(folder / "models/finetune", {"commit": "abc"})
-        registry.register(folder / "models/finetune", "fast-goal", "candidate", CARD, {"git_commit": "abc"}, None)
+    with registered(folder, empty_store, tiny_clip(1), CARD, {"git_commit": "abc"}):
         (folder / "photos").mkdir()
         (folder / "photos/red.png").write_bytes(picture())
         (folder / "secret.png").write_bytes(picture())
         yield folder
-    import mlflow
-
-    mlflow.set_tracking_uri(None)
 
 
 class Server:

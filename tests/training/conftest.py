@@ -6,30 +6,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import tiny
 import torch
 from flair_settings import flair_config
 from PIL import Image
+from tiny import scratch_config
 
-from fast_goal.config import ScratchConfig
 from fast_goal.data.captions import split_sentences
 from fast_goal.data.records import Dataset
 
 COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "black", "white", "brown", "pink", "cyan", "grey"]
-
-
-def scratch_config(**changes) -> ScratchConfig:
-    values = {
-        "split": "pretrain",
-        **tiny.CLIP,
-        "vision_layers": 2,
-        "steps": 20,
-        "batch_size": 4,
-        "learning_rate": 5e-3,
-        "weight_decay": 0.1,
-        "warmup_steps": 2,
-    }
-    return ScratchConfig(**(values | changes))
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +27,7 @@ def one_thread():
 
 
 @pytest.fixture
-def make_scratch_config() -> Callable[..., ScratchConfig]:
+def make_scratch_config() -> Callable:
     """Makes the config of the tiny CLIP, with changes."""
     return scratch_config
 

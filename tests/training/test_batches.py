@@ -23,10 +23,11 @@ from fast_goal.data.captions import tokenize
 from fast_goal.data.images import View, normalised
 from fast_goal.errors import ConfigError, DataError, FastGoalError
 from fast_goal.objectives import Plain
-from fast_goal.training import batches as batches_module
+from fast_goal.training import loader as loader_module
 from fast_goal.training import views as views_module
-from fast_goal.training.batches import Loader, PairDataset, pair_dataset
+from fast_goal.training.batches import PairDataset, pair_dataset
 from fast_goal.training.distributed import Group
+from fast_goal.training.loader import Loader
 from fast_goal.training.order import EpochBatches, spread
 
 
@@ -350,7 +351,7 @@ def test_a_killed_worker_is_reported(make_scenes, tiny_clip):
 
 def test_a_worker_killed_as_it_writes_is_reported(monkeypatch):
     """The read of what it did not finish never ends: here of a pipe that stays open and into which nobody writes."""
-    monkeypatch.setattr(batches_module, "LOOK", 0.2)
+    monkeypatch.setattr(loader_module, "LOOK", 0.2)
     reading, writing = os.pipe()
     worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
     worker.start()
@@ -361,7 +362,7 @@ def test_a_worker_killed_as_it_writes_is_reported(monkeypatch):
         def __next__(self) -> bytes:
             return os.read(reading, 1)
 
-    following = batches_module._Following(Batches())
+    following = loader_module._Following(Batches())
     os.write(writing, b"1")
     assert following() == b"1"
     worker.kill()
@@ -373,7 +374,7 @@ def test_a_worker_killed_as_it_writes_is_reported(monkeypatch):
 
 def test_what_reads_ahead_ends_with_the_epoch():
     before = threading.active_count()
-    following = batches_module._Following(TwoBatches())
+    following = loader_module._Following(TwoBatches())
     assert [following(), following(), following()] == [1, 2, None]
     del following
     deadline = time.monotonic() + 10

@@ -18,9 +18,10 @@ from test_loop import CONFIG, WEIGHTS, fast_goal
 from fast_goal.errors import ConfigError, FastGoalError
 from fast_goal.objectives import make_objective
 from fast_goal.training import distributed, loop
-from fast_goal.training.batches import Loader, PairDataset
+from fast_goal.training.batches import PairDataset
 from fast_goal.training.checkpoint import states
 from fast_goal.training.distributed import Disconnected, Group, check_batch, check_step, connected, launch, processes
+from fast_goal.training.loader import Loader
 from fast_goal.training.loop import finetune
 
 DEGLA = {"global": 1.0, "local": 0.0}  # what it looks at besides is in `degla`

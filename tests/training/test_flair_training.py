@@ -20,9 +20,10 @@ from fast_goal.data.sub_captions import CHOICES, TEXTS, choices, draw, drawing
 from fast_goal.errors import ConfigError
 from fast_goal.objectives import make_objective
 from fast_goal.training import loop as loop_module
-from fast_goal.training.batches import Loader, PairDataset, pair_dataset
+from fast_goal.training.batches import PairDataset, pair_dataset
 from fast_goal.training.checkpoint import states
 from fast_goal.training.distributed import Group
+from fast_goal.training.loader import Loader
 from fast_goal.training.schedule import make_optimizer, parameter_groups
 from fast_goal.training.step import TrainStep, batch_features, fit_pooling
 

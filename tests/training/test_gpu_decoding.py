@@ -11,10 +11,11 @@ from PIL import Image
 
 from fast_goal.data.images import plain_jpeg
 from fast_goal.errors import ConfigError, DataError
-from fast_goal.training import batches as batches_module
 from fast_goal.training import gpu_decoding
-from fast_goal.training.batches import Loader, PairDataset, ahead
+from fast_goal.training import loader as loader_module
+from fast_goal.training.batches import PairDataset
 from fast_goal.training.gpu_decoding import GpuDecoder, check_gpu, encoded
+from fast_goal.training.loader import Loader, ahead
 
 CPU = torch.device("cpu")
 ON_GPU = ["large.jpg", "odd.jpg", "small.jpg", "grey.jpg"]
@@ -109,7 +110,7 @@ def test_a_damaged_or_changed_image_is_named(tmp_path):
 
 @pytest.fixture
 def small_gpu(monkeypatch):
-    monkeypatch.setattr(batches_module, "GpuDecoder", functools.partial(GpuDecoder, decode=pillow))
+    monkeypatch.setattr(loader_module, "GpuDecoder", functools.partial(GpuDecoder, decode=pillow))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -15,9 +15,10 @@ from test_loop import CONFIG, CPU, GLOBAL, fast_goal, run
 from fast_goal.data.captions import tokenize
 from fast_goal.errors import ConfigError, DataError
 from fast_goal.training import loop as loop_module
-from fast_goal.training.batches import Loader, PairDataset, pair_dataset
+from fast_goal.training.batches import PairDataset, pair_dataset
 from fast_goal.training.checkpoint import states
 from fast_goal.training.distributed import Group
+from fast_goal.training.loader import Loader
 from fast_goal.training.step import TrainStep
 
 INDICES = [7, 0, 5, 2, 4]  # with 3, 0, 1, 2 and 0 negatives

@@ -22,9 +22,10 @@ from fast_goal.model.clip import Clip
 from fast_goal.objectives import Plain, given, make_objective
 from fast_goal.training import loop as loop_module
 from fast_goal.training.average import Average
-from fast_goal.training.batches import Loader, PairDataset
+from fast_goal.training.batches import PairDataset
 from fast_goal.training.best import Best
 from fast_goal.training.checkpoint import states
+from fast_goal.training.loader import Loader
 from fast_goal.training.loop import autocast_dtype, finetune
 from fast_goal.training.recorder import Recorder
 from fast_goal.training.schedule import make_optimizer

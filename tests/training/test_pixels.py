@@ -15,7 +15,8 @@ from photographs import dataset, photographs, views
 
 from fast_goal.errors import DataError
 from fast_goal.training import pixels as pixels_module
-from fast_goal.training.batches import Loader, PairDataset
+from fast_goal.training.batches import PairDataset
+from fast_goal.training.loader import Loader
 from fast_goal.training.pixels import CachedViews, Slots
 
 Usage = namedtuple("Usage", "total used free")

@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import scratch_config
 from PIL import Image, ImageOps
 from test_alignment import slow_goal_patches, slow_goal_positions
+from tiny import scratch_config
 
 import fast_goal
 from fast_goal.data.captions import tokenize

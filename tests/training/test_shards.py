@@ -17,7 +17,8 @@ from fast_goal.data.records import SKIPPED
 from fast_goal.data.shards import ShardImages
 from fast_goal.errors import DataError
 from fast_goal.training import batches as batches_module
-from fast_goal.training.batches import Loader, PairDataset
+from fast_goal.training.batches import PairDataset
+from fast_goal.training.loader import Loader
 
 
 def same(a, b):

@@ -7,8 +7,10 @@ published for each data set (github.com/openai/CLIP, data/prompts.md).
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
+from fast_goal.config import Split, number
 from fast_goal.errors import ConfigError
 
 _ARTICLES = ("a", "the")
@@ -78,6 +80,20 @@ IMAGENET_TEMPLATES = ("openai_imagenet", "simple_imagenet")
 # The published list has `missile` and `sunglasses` twice. Of two classes with one name no image could be told apart, so that
 # one of each pair, by its place, has WordNet's word for it.
 _IMAGENET_NAMES = {744: "projectile", 836: "sunglass"}
+
+
+@dataclass(frozen=True)
+class PromptedConfig:
+    """What the sources of classes have in common. templates: a name of TEMPLATES, or a list. split: of all that is taken.
+    images: so many of them, drawn by `seed`; null: all."""
+
+    templates: Any
+    split: Split
+    images: int | None = number(1)
+    seed: int = number(0)
+
+    def __post_init__(self) -> None:
+        check_templates(self.templates)
 
 
 def check_templates(value: Any) -> None:

@@ -1,7 +1,7 @@
 """Sub-captions: what one to a few sentences of a long caption say, drawn anew in each epoch (FLAIR, section 3.2).
 
-The sentences are those of FLISM, and their bounds lie in the same cache. What a large data set lacks there is split in
-processes of their own (`python -m fast_goal.data.sub_captions`): the splitter is pure Python, a millisecond for a caption.
+The sentences are those of FLISM, and their bounds lie in the same cache. What a large data set lacks there is split by
+processes beside (data/splitter.py).
 
 Letters: S sentences of a caption, K sub-captions of it.
 """
@@ -10,25 +10,19 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from fast_goal.cache import SplitCache
 from fast_goal.data import captions as captions_module
-from fast_goal.data.captions import split_sentences
-from fast_goal.errors import FastGoalError
+from fast_goal.data.splitter import Splitter, split
 from fast_goal.files import digest, file_digest
 from fast_goal.progress import Progress
 
 LARGE = 2000  # captions, from which cache and processes pay: some two seconds
-AT_ONCE = 2000  # captions that a process splits, a guess: some two seconds too, beside half a one to start
 TEXTS, CHOICES = 0, 1  # what is drawn for a sample in an epoch, each from random numbers of its own
 
 
@@ -114,41 +108,19 @@ def sentence_bounds(captions: Sequence[str], cache: Path | None = None, keep: bo
 
 
 def _split(captions: Sequence[str]) -> list[np.ndarray]:
-    bounds = ([(sentence.start, sentence.end) for sentence in split_sentences(caption)] for caption in captions)
-    return [np.array(own, np.int32).reshape(-1, 2) for own in bounds]
+    return [found.spans for found in split(captions)]
 
 
 def _split_beside(captions: Sequence[str], shown: bool) -> list[np.ndarray]:
     """As `_split`, in a process for each core that this one of several trainers has."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parts = [captions[start : start + AT_ONCE] for start in range(0, len(captions), AT_ONCE)]
     made: list[np.ndarray] = []
     with (
-        ThreadPoolExecutor(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))) as pool,
+        Splitter(None, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))) as splitter,
         Progress("sentences", len(captions), "captions", stream=None if shown else io.StringIO()) as line,
     ):
-        for found in pool.map(_split_in_process, parts):
+        for future in splitter.submit(captions):
+            found = [one.spans for one in future.result()]
             made += found
             line.update(len(found))
     return made
-
-
-def _split_in_process(captions: Sequence[str]) -> list[np.ndarray]:
-    command = [sys.executable, "-m", __name__]  # it ends with its input, also after a kill of this one
-    ended = subprocess.run(command, input=json.dumps(captions).encode(), stdout=subprocess.PIPE)
-    if ended.returncode:
-        raise FastGoalError(f"A process that splits captions ended with exit status {ended.returncode}. Run the step again.")
-    return [np.array(own, np.int32).reshape(-1, 2) for own in json.loads(ended.stdout)]
-
-
-def main() -> None:
-    """The process beside: a JSON list of captions in, the bounds of their sentences out."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
-    output, sys.stdout = sys.stdout, sys.stderr  # nothing that a library prints may get into the answer
-    json.dump([own.tolist() for own in _split(json.loads(sys.stdin.buffer.read()))], output)
-
-
-if __name__ == "__main__":
-    main()

@@ -52,7 +52,7 @@ SETTINGS = (
 )
 # code that the results depend on beside the detector's, which is in its digest; a change of it must not meet old results
 _EMBEDDING = ("model/*.py", "data/images.py", "data/captions.py", "flism/embedder.py")
-_SHARDS = (*_EMBEDDING, "flism/pipeline.py", "flism/matching.py", "flism/regions.py", "flism/shards.py", "flism/splitter.py")
+_SHARDS = (*_EMBEDDING, "flism/pipeline.py", "flism/matching.py", "flism/regions.py", "flism/shards.py", "data/splitter.py")
 
 _log = logging.getLogger(__name__)
 

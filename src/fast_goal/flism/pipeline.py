@@ -32,6 +32,7 @@ from fast_goal.config import FlismConfig
 from fast_goal.data.captions import Sentence
 from fast_goal.data.images import open_image
 from fast_goal.data.records import PAIRS, REGIONS, SKIPPED
+from fast_goal.data.splitter import Split, Splitter
 from fast_goal.errors import DataError
 from fast_goal.files import digest
 from fast_goal.flism.detectors import RegionDetector
@@ -39,7 +40,6 @@ from fast_goal.flism.embedder import Embedder, cut, decoding_scale, pixel_boxes
 from fast_goal.flism.matching import Match, match_many, pair_weights, rematch
 from fast_goal.flism.regions import Detections, Regions, candidate_regions
 from fast_goal.flism.shards import FILE_REASONS, Outcome, fingerprint
-from fast_goal.flism.splitter import Split, Splitter
 from fast_goal.model.clip import Clip
 from fast_goal.model.inference import arithmetic
 

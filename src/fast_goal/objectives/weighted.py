@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from fast_goal.errors import ConfigError
-from fast_goal.objectives import Features, Objective, SubCaptions, objective, objective_config
+from fast_goal.objectives import Features, Objective, Plain, objective, objective_config
 
+ANY = ("needs_local", "needs_pooled", "needs_negatives", "needs_captions")
+ONE = ("teacher_decay", "sub_captions", "heads")  # of a run, beside the alignment
 NAME = re.compile(r"[a-z][a-z0-9_]*")  # of a part: it becomes part of the names of metrics
 
 
@@ -53,12 +56,7 @@ class WeightedConfig:
         made = self.make()
         if not made:
             raise ConfigError(f"parts = {', '.join(self.parts) or 'none'}: at least one has to have a weight above 0")
-        alignments = {name: part.alignment for name, part in made.items() if part.needs_local}
-        decays = {name: part.teacher_decay for name, part in made.items() if part.teacher_decay is not None}
-        drawn = {name: part.sub_captions for name, part in made.items() if part.sub_captions is not None}
-        heads = {name: part.heads for name, part in made.items() if part.heads is not None}
-        every = ("alignment", alignments), ("teacher_decay", decays), ("sub_captions", drawn), ("heads", heads)
-        for word, found in every:
+        for word, found in _shared(made).items():
             if len(set(found.values())) > 1:
                 told = ", ".join(f"{value} in {name}" for name, value in found.items())
                 raise ConfigError(f"parts: {word} is {told}; set it to the same in all")
@@ -69,55 +67,27 @@ class WeightedConfig:
 
 
 @objective("weighted", WeightedConfig)
-class Weighted:
-    """The weighted sum of the losses of the parts. Needs what any of them needs."""
+class Weighted(Plain):
+    """The weighted sum of the losses of the parts. Needs what any of them needs; of what a run has only one of, takes that of
+    the parts that look at it, which they share."""
 
     def __init__(self, config: WeightedConfig):
         self.config = config
         self.parts = config.make()
-
-    @property
-    def needs_local(self) -> bool:
-        """Whether a part looks at local pairs."""
-        return any(part.needs_local for part in self.parts.values())
-
-    @property
-    def needs_pooled(self) -> bool:
-        """Whether a part looks at pooled tokens."""
-        return any(part.needs_pooled for part in self.parts.values())
-
-    @property
-    def needs_negatives(self) -> bool:
-        """Whether a part looks at hard negative captions."""
-        return any(part.needs_negatives for part in self.parts.values())
-
-    @property
-    def teacher_decay(self) -> float | None:
-        """That of the parts with a teacher, which they share."""
-        return next((part.teacher_decay for part in self.parts.values() if part.teacher_decay is not None), None)
-
-    @property
-    def alignment(self) -> str:
-        """That of the parts that look at local pairs."""
-        return next((part.alignment for part in self.parts.values() if part.needs_local), "exact")
-
-    @property
-    def needs_captions(self) -> bool:
-        """Whether a part looks at whole captions."""
-        return any(part.needs_captions for part in self.parts.values())
-
-    @property
-    def sub_captions(self) -> SubCaptions | None:
-        """Those of the parts that look at any, which they share."""
-        return next((part.sub_captions for part in self.parts.values() if part.sub_captions is not None), None)
-
-    @property
-    def heads(self) -> int | None:
-        """Those of the parts with a pooling, which they share."""
-        return next((part.heads for part in self.parts.values() if part.heads is not None), None)
+        for name in ANY:
+            setattr(self, name, any(getattr(part, name) for part in self.parts.values()))
+        for name, found in _shared(self.parts).items():
+            setattr(self, name, next(iter(found.values()), getattr(Plain, name)))
 
     def __call__(self, features: Features) -> dict[str, Tensor]:
         """The terms of each part as `part/term`, without its weight or that of the part, and the weighted sum as `loss`."""
         found = {name: part(features) for name, part in self.parts.items()}
         terms = {f"{name}/{term}": value for name, part in found.items() for term, value in part.items() if term != "loss"}
         return {**terms, "loss": sum(self.config.parts[name].weight * part["loss"] for name, part in found.items())}
+
+
+def _shared(parts: Mapping[str, Objective]) -> dict[str, dict[str, Any]]:
+    """Of what a run has only one of: what the parts that look at it say, by their names."""
+    aligned = {part: made.alignment for part, made in parts.items() if made.needs_local}
+    others = {name: {part: value for part, made in parts.items() if (value := getattr(made, name)) is not None} for name in ONE}
+    return {"alignment": aligned, **others}

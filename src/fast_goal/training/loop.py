@@ -22,10 +22,11 @@ from fast_goal.model.clip import Clip
 from fast_goal.objectives import Objective
 from fast_goal.progress import Progress
 from fast_goal.training.average import Average
-from fast_goal.training.batches import Batch, Loader, pair_dataset
+from fast_goal.training.batches import Batch, pair_dataset
 from fast_goal.training.best import Best
 from fast_goal.training.checkpoint import load_state, save_state, states
 from fast_goal.training.distributed import Disconnected, Group, any_rank, check_batch, check_step, connected
+from fast_goal.training.loader import Loader
 from fast_goal.training.recorder import BadLoss, OnStep, Recorder
 from fast_goal.training.schedule import learning_rate, make_optimizer, parameter_groups, set_rate
 from fast_goal.training.step import TrainStep, fit_pooling

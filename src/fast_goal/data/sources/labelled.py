@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fast_goal.config import Split, number
 from fast_goal.data import prompts
 from fast_goal.data.fetch import ManualStep, downloads_folder
 from fast_goal.data.images import SUFFIXES
@@ -31,42 +30,30 @@ OURS = ("root", "loader", "download", "transform", "transforms", "target_transfo
 
 
 @dataclass(frozen=True)
-class LabelledConfig:
+class LabelledConfig(prompts.PromptedConfig):
     """root: the folder that holds one for each class; where there is none of this path, one below the downloads folder.
     steps: what a person has to do where it is not there. names: a file beside the folders that has their names in words (JSON,
-    or lines of folder, blank, name), `imagenet`, or null: the folder's own name. templates: a name of `data.prompts`, or a
-    list. images: so many of them, drawn by `seed`; null: all."""
+    or lines of folder, blank, name), `imagenet`, or null: the folder's own name."""
 
     root: str
     steps: list[str]
     names: str | None
-    templates: Any
-    split: Split
-    images: int | None = number(1)
-    seed: int = number(0)
-
-    def __post_init__(self) -> None:
-        prompts.check_templates(self.templates)
 
 
 @dataclass(frozen=True)
-class TorchvisionConfig:
+class TorchvisionConfig(prompts.PromptedConfig):
     """dataset: a class of `torchvision.datasets`. root: its folder; null: `torchvision` in the downloads folder. arguments: of
     its constructor, such as `split: test`. download: whether torchvision may fetch it. names: of the classes, in their order;
-    null: the data set's own. templates, split, images and seed: as for the source `labelled`."""
+    null: the data set's own."""
 
     dataset: str
     root: str | None
     arguments: dict[str, Any]
     download: bool
     names: list[str] | None
-    templates: Any
-    split: Split
-    images: int | None = number(1)
-    seed: int = number(0)
 
     def __post_init__(self) -> None:
-        prompts.check_templates(self.templates)
+        super().__post_init__()
         if ours := sorted(set(self.arguments).intersection(OURS)):
             raise ConfigError(f"arguments = {self.arguments}: {ours} are set by the other keys")
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fast_goal.config import Split, number
+from fast_goal.config import number
 from fast_goal.data import prompts
 from fast_goal.data.archives import unpack
 from fast_goal.data.benchmarks import Origin, bring
@@ -37,12 +37,12 @@ AT_ONCE = 256  # masks that are looked at between two lines of progress
 
 
 @dataclass(frozen=True)
-class SegmentationConfig:
+class SegmentationConfig(prompts.PromptedConfig):
     """archives: unpacked into the data set's own folder; none: the files are there already. root: the folder that holds them,
     in the archives or, where there are none, of this path or below the downloads folder. steps: what a person has to do where
     it is not there. split_file: the stems of the images, one a line; null: all that have a mask. names: of the classes, each
     at the place of its number in the masks; null where a number is no class, and its pixels do not count. ignored: more such
-    numbers. templates: a name of `data.prompts`, or a list. images: so many of them, drawn by `seed`; null: all."""
+    numbers."""
 
     archives: list[Origin]
     root: str
@@ -54,13 +54,9 @@ class SegmentationConfig:
     split_file: str | None
     names: list[str | None]
     ignored: list[int] = number(0, MOST - 1)
-    templates: Any
-    split: Split
-    images: int | None = number(1)
-    seed: int = number(0)
 
     def __post_init__(self) -> None:
-        prompts.check_templates(self.templates)
+        super().__post_init__()
         names = [name for name in self.names if name is not None]
         if not names or not all(name.strip() for name in names):
             raise ConfigError(f"names = {self.names}: expected the name of each class; null where a number is none")

@@ -1,4 +1,4 @@
-"""Splits and tokenizes captions in a process of its own (`python -m fast_goal.flism.splitter CONTEXT_LENGTH`).
+"""Splits captions, and tokenizes their sentences, in processes beside (`python -m fast_goal.data.splitter CONTEXT_LENGTH`).
 
 The splitter is pure Python, some milliseconds for a caption, and in a thread it would hold up the decoding of images and
 the feeding of a GPU. Messages are pickles between this program and its own child, over a pipe; the child ends when
@@ -29,33 +29,42 @@ AT_ONCE = 16  # captions in one message
 
 
 class Split(NamedTuple):
-    """Of one caption: where its sentences start and end, int32 [S, 2]; and for each its token ids uint16 [L] and the length
-    of the whole text in tokens."""
+    """Of one caption: where its sentences start and end, in characters, int32 [S, 2]; and, where a context length was given,
+    for each its token ids uint16 [L] and the length of the whole text in tokens."""
 
     spans: np.ndarray
     tokens: list[tuple[np.ndarray, int]]
 
 
-def split(captions: Sequence[str], context_length: int) -> list[Split]:
-    """The sentences of each caption, and their tokens."""
+def split(captions: Sequence[str], context_length: int | None = None) -> list[Split]:
+    """The sentences of each caption, and their tokens; without a context length no tokens."""
     results = []
     for caption in captions:
         sentences = split_sentences(caption)
-        ids, lengths = tokenize([sentence.text for sentence in sentences], context_length)
-        counts = lengths.tolist()
-        tokens = [(row[:count].astype(np.uint16), count) for row, count in zip(ids.numpy(), counts, strict=True)]
+        tokens = [] if context_length is None else _tokens([sentence.text for sentence in sentences], context_length)
         results.append(Split(np.array([[s.start, s.end] for s in sentences], np.int32).reshape(-1, 2), tokens))
     return results
+
+
+def _tokens(sentences: Sequence[str], context_length: int) -> list[tuple[np.ndarray, int]]:
+    ids, lengths = tokenize(sentences, context_length)
+    return [(row[:count].astype(np.uint16), count) for row, count in zip(ids.numpy(), lengths.tolist(), strict=True)]
 
 
 class Splitter:
     """`submit` splits captions in the background: in child processes, or with `processes` = 0 in a thread."""
 
-    def __init__(self, context_length: int, processes: int):
+    def __init__(self, context_length: int | None, processes: int):
         self._context_length = context_length
         self._pool = ThreadPoolExecutor(1, "sentences")
         self._children = [_Child(context_length) for _ in range(processes)]
         self._next = 0
+
+    def __enter__(self) -> Splitter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def submit(self, captions: Sequence[str]) -> list[Future[list[Split]]]:
         """Futures of the results, in order: together one for each caption."""
@@ -78,12 +87,14 @@ class Splitter:
 class _Child:
     """A child process; one thread writes to it and one reads from it, so that neither side waits on a full pipe."""
 
-    def __init__(self, context_length: int):
-        command = [sys.executable, "-m", __name__, str(context_length)]
+    def __init__(self, context_length: int | None):
+        command = [sys.executable, "-m", __name__, *([] if context_length is None else [str(context_length)])]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._futures: deque[Future[list[Split]]] = deque()
         self._writer = ThreadPoolExecutor(1, "splitter")
-        threading.Thread(target=self._read, daemon=True).start()
+        self._ended = False
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def submit(self, captions: Sequence[str]) -> Future[list[Split]]:
         future: Future[list[Split]] = Future()
@@ -94,7 +105,9 @@ class _Child:
         self._futures.append(future)
         try:
             _send(self._process.stdin, captions)
-        except (OSError, ValueError):  # the child is gone: the reader fails the futures
+        except (OSError, ValueError):
+            self._ended = True
+        if self._ended:  # the pipe took what nobody will read, or the reader had ended before this future was there
             self._fail()
 
     def _read(self) -> None:
@@ -102,6 +115,7 @@ class _Child:
             while (result := _receive(self._process.stdout)) is not None:
                 self._futures.popleft().set_result([Split(*one) for one in result])
         finally:
+            self._ended = True
             self._fail()
 
     def _fail(self) -> None:
@@ -110,7 +124,9 @@ class _Child:
                 future = self._futures.popleft()
             except IndexError:
                 return
-            future.set_exception(DataError("the process that splits captions ended. Run the step again: it goes on."))
+            status = self._process.wait()
+            message = f"the process that splits captions ended with exit status {status}. Run the step again: it goes on."
+            future.set_exception(DataError(message))
 
     def close(self) -> None:
         self._writer.shutdown(wait=False, cancel_futures=True)
@@ -142,7 +158,7 @@ def main() -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
-    context_length = int(sys.argv[1])
+    context_length = int(sys.argv[1]) if len(sys.argv) > 1 else None
     output, sys.stdout = sys.stdout.buffer, sys.stderr  # nothing that a library prints may get between the messages
     while (captions := _receive(sys.stdin.buffer)) is not None:
         try:
