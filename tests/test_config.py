@@ -108,6 +108,7 @@ def changed(values: dict, key: str, value: object) -> dict:
         ("evaluate.split", "tset", "evaluate.split = 'tset': expected one of"),
         ("evaluate.datasets", ["scenes", "docci"], "evaluate.datasets = ['docci']: not among download.datasets: ['scenes']"),
         ("flism.splits", ["train", "trian"], "flism.splits[1] = 'trian': expected one of"),
+        ("evaluate.conditioned_on", ["long", "long"], "evaluate.conditioned_on = ['long', 'long']: names 'long' twice"),
         ("negatives.types", [], "negatives.types = []: expected some of reshuffle"),
         ("negatives.types", ["swap_nouns", "swap_nouns"], "expected each type once"),
         ("seed", None, "seed = None"),
@@ -150,6 +151,14 @@ def test_in_image_negatives_need_several_pairs(overrides: list[str], message: st
 
 def test_the_objective_of_a_first_stage_that_is_not_there_is_not_looked_at_closely():
     check(compose(["objective@intermediate.objective=hard_negatives"]))
+
+
+def test_of_several_data_sets_the_photographs_that_are_trained_on_are_watched():
+    overrides = ["experiment=own_photos", "download.datasets.photos.root=mine/photos", "dataset=[folder,docci]"]
+    with pytest.raises(ConfigError, match=r"download\.watch = 'src/fast_goal/data/sources' does not hold 'mine/photos'.*Add"):
+        check(compose([*overrides, "download.train_dataset=photos"]))
+    for watch in ("mine/photos", "mine"):
+        check(compose([*overrides, "download.train_dataset=photos", f"download.watch={watch}"]))
 
 
 def test_a_part_without_weight_is_not_looked_at_closely():

@@ -159,7 +159,8 @@ def configure_command(
 @app.command(
     "ablate",
     help="Run an ablation of the paper, or one of our own, through DVC's experiment queue and write its table.\n\n"
-    "Examples: `fast-goal ablate table=VI` (V, VI, VII, VIII, XIV, XV, XVI, XVII; degla: hard negative captions), "
+    "Examples: `fast-goal ablate table=VI` (V, VI, VII, VIII, XIV, XV, XVI, XVII; degla: hard negative captions; flair: "
+    "text-conditioned pooling), "
     "`fast-goal ablate table=VI seeds=[0] arms=[global,fast_goal] experiment=demo finetune.epochs=2`. Called again, it goes on "
     "with what is missing.",
     rich_help_panel="Models",
@@ -256,9 +257,12 @@ def compare_command(
         typer.echo(compare.view())
 
 
+MODEL_HELP = "URI in MLflow, or a folder; else the champion of the model that params.yaml names."
+
+
 @app.command("serve", rich_help_panel="Operations")
 def serve_command(
-    model: Annotated[str, typer.Option(help="URI in MLflow, or a folder.")] = "models:/fast-goal@champion",
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP, show_default=False)] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 5002,
     image_root: Annotated[
@@ -273,8 +277,9 @@ def serve_command(
 ) -> None:
     """Serve a model over HTTP, on loopback: /invocations, /health, /metadata. See docs/serving.md."""
     from fast_goal.operations import serve
+    from fast_goal.tracking.champion import champion_uri
 
-    serve.run(serve.Options(model, host, port, image_root, allow_urls, max_rows, max_megabytes, threads))
+    serve.run(serve.Options(model or champion_uri(), host, port, image_root, allow_urls, max_rows, max_megabytes, threads))
 
 
 class _Mode(StrEnum):
@@ -295,7 +300,7 @@ class _Mode(StrEnum):
 def embed_command(
     source: Annotated[Path, typer.Argument(help="Folder of images, or a table (CSV, JSONL, parquet) with texts.")],
     output: Annotated[Path, typer.Option(help="Parquet file to write.")],
-    model: Annotated[str, typer.Option(help="URI in MLflow, or a folder.")] = "models:/fast-goal@champion",
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP, show_default=False)] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images, or texts, at once; the result does not depend on it.")] = 64,
     column: Annotated[str, typer.Option(help="Of a table: the column with the texts.")] = "text",
     patches: Annotated[
@@ -322,6 +327,9 @@ def embed_command(
         typer.Option(min=1, help="With --against: images of each text that are written, else 128.", show_default=False),
     ] = None,
 ) -> None:
+    from fast_goal.tracking.champion import champion_uri
+
+    model = model or champion_uri()
     if against is None:
         from fast_goal.operations import embed
 

@@ -64,7 +64,7 @@ class ScratchConfig:
     text_width: int = number(8)
     text_layers: int = number(1)
     head_width: int = number(4)
-    steps: int = number(1)
+    steps: int = number(0)  # 0: as it is drawn, to be trained by `finetune` alone
     batch_size: int = number(2)
     learning_rate: float = number(above=0)
     weight_decay: float = number(0)
@@ -530,7 +530,11 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if origin is list:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{key} = {value!r}: expected a list")
-        return [_convert(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value)]
+        items = [_convert(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value)]
+        twice = [item for index, item in enumerate(items) if item in items[:index]]
+        if typing.get_origin(arguments[0]) is Literal and twice:
+            raise ConfigError(f"{key} = {items!r}: names {twice[0]!r} twice")
+        return items
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{key} = {value!r}: expected a mapping of keys to values")

@@ -13,6 +13,7 @@ from fast_goal.errors import ConfigError
 from fast_goal.files import write_text
 
 CONF = Path(__file__).parent / "conf"
+OWN_FILES = ("folder", "captioned")  # sources that read what their user keeps and changes
 NO_GROUP = "ablation"  # the tables of `fast-goal ablate`
 HEADER = """# Composed by `{command}` from src/fast_goal/conf; the stages read only this file.
 # Change it with that command; `dvc exp run -S KEY=VALUE` changes it for one experiment.
@@ -58,8 +59,23 @@ def check(values: dict[str, Any]) -> Params:
     for name, values_of_source in params.download.datasets.items():
         source_config(values_of_source, f"download.datasets.{name}")
         source_facts(values_of_source, f"download.datasets.{name}")
+    _check_watched(params)
     check_objectives(params)
     return params
+
+
+def _check_watched(params: Params) -> None:
+    """Of several data sets the last one sets `download.watch`, and the photographs of another would change unnoticed."""
+    name = params.download.train_dataset
+    settings = params.download.datasets[name]
+    if settings["source"] not in OWN_FILES:
+        return
+    root, watched = Path(settings["root"]), Path(params.download.watch)
+    if watched.absolute() not in (root.absolute(), *root.absolute().parents):
+        raise ConfigError(
+            f"download.watch = {params.download.watch!r} does not hold {str(root)!r}, the photographs of data set {name!r}: "
+            f"dvc repro would not notice new ones. Add download.watch={root}"
+        )
 
 
 def groups() -> dict[str, list[str]]:

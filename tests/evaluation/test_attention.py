@@ -97,7 +97,10 @@ def test_examples_without_boxes(made, dataset):
     for each in found:
         assert any(each.text in caption for caption in asked.long.texts)
         assert each.attention.box is None and each.attention.hit is None
-    nothing = dataclasses.replace(asked, long=embedding.Captions([], np.zeros(0, np.int64)))
+    none = embedding.Captions([], np.zeros(0, np.int64))
+    found = examples.attentions(Study(dataclasses.replace(asked, long=none), made.stores, made.config), 2)
+    assert len(found) == 2 and {each.text for each in found} <= set(asked.short.texts)
+    nothing = dataclasses.replace(asked, long=none, short=none)
     assert examples.attentions(Study(nothing, made.stores, made.config), 2) == []
 
 

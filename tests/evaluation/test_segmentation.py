@@ -6,6 +6,7 @@ import itertools
 import math
 import struct
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
@@ -350,8 +351,27 @@ def test_the_task_is_a_loop_over_images_and_pixels(real, squares):
 
 def test_few_images_at_a_time_give_the_same(real, monkeypatch):
     whole = measure(real, ["segmentation"])["segmentation"]
-    monkeypatch.setattr(segmentation, "TOKENS_AT_ONCE", 1)
-    assert measure(real, ["segmentation"])["segmentation"] == whole
+    for name in ("TOKENS_AT_ONCE", "PIXELS_AT_ONCE"):
+        with monkeypatch.context() as patch:
+            patch.setattr(segmentation, name, 1)
+            assert measure(real, ["segmentation"])["segmentation"] == whole
+
+
+def test_tokens_and_masks_in_memory_are_bounded(real, monkeypatch):
+    stores = list(real.stores.values())
+    numbers = max(store.patch_count * store.clip.embed_dim for store in stores)
+    monkeypatch.setattr(segmentation, "TOKENS_AT_ONCE", 3 * numbers)
+    monkeypatch.setattr(segmentation, "PIXELS_AT_ONCE", 10)
+    parts = segmentation.some_at_once(stores, [1, 1, 1, 1, 6, 4, 5, 11, 1])
+    assert [list(part) for part in parts] == [[0, 1, 2], [3, 4], [5, 6], [7], [8]]
+    assert list(segmentation.some_at_once(stores, [])) == []
+
+
+def test_maps_are_made_one_by_one(real):
+    """Those of large photographs would not fit into memory together."""
+    store = real.stores["base"]
+    maps = segmentation.class_maps(store, real.asked.files[:3], torch.eye(store.clip.embed_dim)[:2])
+    assert isinstance(maps, Iterator) and next(maps).shape == real.asked.files[0].size[::-1]
 
 
 def test_a_data_set_without_masks_is_not_asked():

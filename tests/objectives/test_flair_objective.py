@@ -214,6 +214,13 @@ def test_what_does_not_fit_is_refused_before_any_work():
             check_objectives(params(bad))
 
 
+def test_two_stages_have_one_pooling():
+    both = ("intermediate=before", "intermediate.dataset=scenes", "objective@intermediate.objective=flair")
+    check_objectives(params(*both))
+    with pytest.raises(ConfigError, match=r"^objective\.heads = 4 and intermediate\.objective\.heads = 8: .*Set the same"):
+        check_objectives(params(*both, "objective.heads=4"))
+
+
 def test_parts_of_a_sum_share_what_is_drawn():
     part = compose(["objective=flair"])["objective"]
     fine = compose(["objective=fast_goal"])["objective"]

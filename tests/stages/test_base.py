@@ -40,6 +40,15 @@ def test_scratch():
     assert track.inputs == ["scenes"] and track.numbers["weak"] == 1.0
 
 
+def test_weights_as_they_are_drawn():
+    """What FLAIR begins with from scratch: no step, and no short captions needed."""
+    config, track = params("base.scratch.steps=0"), RecordingTracker()
+    base.main(config, track)
+    drawn = build_scratch(config.base.scratch, seed=config.seed).stretched(config.base.context_length)
+    assert all(torch.equal(value, weights()[name]) for name, value in drawn.state_dict().items())
+    assert json.loads(Path("models/base/metrics.json").read_text())["weak"] is True and track.curve == []
+
+
 def test_the_first_77_positions_are_those_trained(monkeypatch):
     trained = []
     monkeypatch.setattr(Clip, "stretched", lambda clip, *sizes: trained.append((clip, sizes)) or clip)

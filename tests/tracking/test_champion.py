@@ -8,10 +8,11 @@ import pytest
 from tiny import CLIP
 
 from fast_goal.config import ScratchConfig, build
+from fast_goal.configure import configure
 from fast_goal.errors import FastGoalError, ModelError
 from fast_goal.model.clip import build_scratch
 from fast_goal.tracking import champion, promotion, server
-from fast_goal.tracking.champion import CHAMPION, PREVIOUS, fetch, registered
+from fast_goal.tracking.champion import CHAMPION, PREVIOUS, champion_uri, fetch, registered
 from fast_goal.tracking.registry import model_digest
 
 REST = {"split": "train", "steps": 1, "batch_size": 2, "learning_rate": 1e-3, "weight_decay": 0.0, "warmup_steps": 0}
@@ -51,6 +52,13 @@ def versions(project):
         client.create_model_version(NAME, source=f"file:///nowhere/{number}", tags={"model_digest": str(number)})
     with registered(NAME) as found:
         yield found
+
+
+def test_the_champion_that_is_meant_is_that_of_the_params(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert champion_uri() == "models:/fast-goal@champion"
+    configure(["experiment=own_photos", "download.datasets.photos.root=photos"])
+    assert champion_uri() == "models:/own-photos@champion"
 
 
 def state(versions):

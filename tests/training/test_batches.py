@@ -72,7 +72,8 @@ def test_the_settings_reach_the_samples(make_scenes, tiny_clip, tmp_path, monkey
     dataset, pairs = make_scenes()
     second = pairs.assign(rank=2, x1=0.0, weight=0.5)
     pairs = pd.concat([pairs.assign(weight=0.5), second])
-    needs = SimpleNamespace(needs_local=True, needs_pooled=True, needs_negatives=False, alignment="goal", sub_captions=None)
+    needs = SimpleNamespace(needs_local=True, needs_pooled=True, needs_negatives=False, needs_captions=True)
+    needs.alignment, needs.sub_captions = "goal", None
     cpu = torch.device("cpu")
 
     def made(objective=needs, **changes):

@@ -99,6 +99,24 @@ def test_short_captions_are_refused(make_scenes, tiny_clip, flair):
         pair_dataset(*(make_scenes()[0], "train", None), tiny_clip(), flair(), config, Group(), CPU, "first")
 
 
+def test_captions_whose_sub_captions_are_cut_off_are_counted(make_scenes, tiny_clip, caplog):
+    """Of three sentences at most; the context of 40 holds 38 tokens beside the start and the end."""
+    dataset, _ = make_scenes(count=4)
+    sentence = "The " + "red " * 10 + "dog."  # 13 tokens
+    fits, not_all = " ".join([sentence] * 2), " ".join([sentence] * 4)
+    dataset.records["long_caption"] = [fits, not_all, "The " + "red " * 50 + "dog.", "A dog."] * 2
+    drawn = replace(DRAWN, most_sentences=3)
+    samples = PairDataset(dataset, "train", None, tiny_clip(), local=False, sub_captions=drawn, whole=False)
+    assert samples.counts["truncated_sub_captions"] == 2 and samples.counts["truncated_captions"] == 0
+    assert "2 of 4 samples have sub-captions that can be longer than the text context, cut off" in caplog.text
+
+
+def test_a_pooling_that_is_not_trained_is_told(tiny_clip, flair, caplog):
+    clip = ready(tiny_clip(), flair())
+    fit_pooling(clip, make_objective(FAST_GOAL))
+    assert "has a text-conditioned pooling, and the objective does not train it" in caplog.text
+
+
 def ready(clip, objective):
     fit_pooling(clip, objective, seed=1)
     return clip

@@ -89,20 +89,23 @@ def localisations(study: Study, count: int) -> list[Localisation]:
 def attentions(study: Study, count: int) -> list[Attention]:
     """Texts of different images, where they look by the pooling of the fine-tuned model, and the cosines of both models.
 
-    The texts are sentences whose box every model can see; where none has a box, sentences of the long captions. Beside each
-    text ask alone: its WORDS rarest words in the data set's captions, and the phrase of the rarest (the words next to it, up to
-    one that says nothing). They ask as they stand, in no prompt.
+    The texts are sentences whose box every model can see; where none has a box, sentences of the long captions; where there are
+    none, short captions. Beside each text ask alone: its WORDS rarest words in the data set's captions, and the phrase of the
+    rarest (the words next to it, up to one that says nothing). They ask as they stand, in no prompt.
     """
     asked, store = study.asked, study.stores["finetuned"]
+    captions, said = asked.long, asked.sentences
+    if not captions.texts:
+        captions, said = asked.short, [[text] for text in asked.short.texts]
     pairs: list[tuple[int, str, np.ndarray | None]] = [
         (int(asked.regions.images[row]), asked.regions.sentences[row], asked.regions.boxes[row])
         for row in _regions(study, count)
     ]
     if not pairs:
         generator = np.random.default_rng(SEED)
-        for row in _drawn(np.arange(len(asked.sentences)), count):
-            pairs.append((int(asked.long.images[row]), str(generator.choice(asked.sentences[row])), None))
-    counts = Counter(word for text in asked.long.texts for word in set(plain_words(text)))
+        for row in _drawn(np.arange(len(captions.texts)), count):
+            pairs.append((int(captions.images[row]), str(generator.choice(said[row])), None))
+    counts = Counter(word for text in captions.texts for word in set(plain_words(text)))
     alone = [_alone(text, counts) for _, text, _ in pairs]
     store.tokens([asked.files[row] for row, _, _ in pairs])  # all at once
     store.add_texts([(text, None) for words in alone for text in words])
@@ -124,7 +127,7 @@ def segmentations(study: Study, suite: str, count: int) -> list[Segmented]:
     classes = masks.segments[suite]
     chosen = _drawn(np.flatnonzero(masks.suites == suite), count)
     shown = [files[masks.images[row]] for row in chosen]
-    maps = {model: class_maps(study.stores[model], shown, class_features(study, model, classes)) for model in MODELS}
+    maps = {model: list(class_maps(study.stores[model], shown, class_features(study, model, classes))) for model in MODELS}
     numbers = Numbers.of(classes)
     return [
         Segmented(

@@ -15,7 +15,7 @@ height and width of a mask in pixels, `G` groups of images.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ from fast_goal.evaluation.features import FeatureStore, ImageFile
 NOTHING = IGNORED  # in a map of classes: what does not count, or is not seen
 SCORES_AT_ONCE = 1 << 23  # of pixels with classes: 32 MB; a guess
 TOKENS_AT_ONCE = 1 << 23  # numbers of patch tokens held in memory: 32 MB; a guess
+PIXELS_AT_ONCE = 1 << 24  # of true masks held in memory: 64 MB; a guess
 COINS_AT_ONCE = 4096  # rows of counts held in memory where all coins are gone through; a guess
 SIGNS = 10_000  # drawn for the p-value, as many as `bootstrap.paired_test` draws
 
@@ -91,21 +92,27 @@ def read_truth(path: Path, content: str, numbers: Numbers, size: tuple[int, int]
     return numbers.classes(mask, path)
 
 
-def class_maps(store: FeatureStore, files: Sequence[ImageFile], classes: Tensor) -> list[np.ndarray]:
+def class_maps(store: FeatureStore, files: Sequence[ImageFile], classes: Tensor) -> Iterator[np.ndarray]:
     """The map [H, W] of each image, as `class_map`; classes [C, D]. All patch tokens are held in memory: give some images at a
-    time (`images_at_once`)."""
+    time (`some_at_once`). A map is made when it is asked for."""
     clip, device = store.clip, store.device
     patches = F.normalize(store.tokens(files).to(device), dim=-1)  # [I, N, D]
     similarity = patches @ classes.to(device).T  # [I, N, C]
-    return [
-        class_map(own, clip.view(*file.size), clip.patch_size).cpu().numpy()
-        for own, file in zip(similarity, files, strict=True)
-    ]
+    for own, file in zip(similarity, files, strict=True):
+        yield class_map(own, clip.view(*file.size), clip.patch_size).cpu().numpy()
 
 
-def images_at_once(store: FeatureStore) -> int:
-    """Images whose patch tokens may be held in memory."""
-    return max(1, TOKENS_AT_ONCE // (store.patch_count * store.clip.embed_dim))
+def some_at_once(stores: Iterable[FeatureStore], pixels: Sequence[int]) -> Iterator[range]:
+    """All images in parts, of which patch tokens and true masks may be held in memory. pixels: of the mask of each image."""
+    most = min(TOKENS_AT_ONCE // (store.patch_count * store.clip.embed_dim) for store in stores)
+    start = held = 0
+    for place, own in enumerate(pixels):
+        if start < place and (place - start >= most or held + own > PIXELS_AT_ONCE):
+            yield range(start, place)
+            start, held = place, 0
+        held += own
+    if start < len(pixels):
+        yield range(start, len(pixels))
 
 
 def measures(counts: np.ndarray) -> dict[str, np.ndarray]:

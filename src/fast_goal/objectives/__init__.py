@@ -240,9 +240,12 @@ def check_objectives(params: Params) -> None:
         stages.append(("intermediate.objective", first.objective, "intermediate.training", first.training))
     else:
         objective_config(params.intermediate.objective, "intermediate.objective")
+    heads: dict[int, str] = {}
     for name, values, section, training in stages:
         make, config = objective_config(values, name)
         made = make(config)
+        if made.heads is not None:
+            heads[made.heads] = f"{name}.heads = {made.heads}"
         check_captions(made, training.captions, section)
         width = params.base.scratch.embed_dim if params.base.kind == "scratch" else None  # of others the model tells
         if made.heads is not None and width is not None and width % made.heads:
@@ -268,6 +271,10 @@ def check_objectives(params: Params) -> None:
                 f"negatives.captions = {negatives.captions!r}, but {section}.captions = {training.captions!r}: {name} needs "
                 f"hard negatives of the captions that are trained on. Set negatives.captions={training.captions}"
             )
+    if len(heads) > 1:
+        raise ConfigError(
+            f"{' and '.join(heads.values())}: the second stage goes on with the pooling of the first. Set the same for both"
+        )
 
 
 @functools.cache

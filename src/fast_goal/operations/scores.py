@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fast_goal.errors import DataError
 from fast_goal.evaluation.headline import MODES
-from fast_goal.files import atomic_path, digest
+from fast_goal.files import atomic_path, digest, file_digest
 from fast_goal.operations import embed
 from fast_goal.progress import Progress
 from fast_goal.tracking.pyfunc import TOP_K
@@ -65,7 +65,10 @@ def run(
     images, texts = embed.find_images(folder), embed.find_texts(table, column)
     opened = embed.open_model(model)
     check_mode(mode, model, opened.clip.pooling is not None)
-    key = digest(["scores", images.digest, texts.digest, opened.key, opened.located.digest, mode, top_k])
+    from fast_goal.model import conditioned, pooling
+
+    code = [file_digest(Path(module.__file__)) for module in (conditioned, pooling)]
+    key = digest(["scores", code, images.digest, texts.digest, opened.key, opened.located.digest, mode, top_k])
     if embed.is_made(output, key):
         return f"{output} is that of these images and texts and this model already: nothing to do"
     store = opened.store(batch_size)

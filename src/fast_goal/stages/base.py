@@ -103,7 +103,7 @@ def _make_clip(params: Params, dataset: Dataset, folder: Path, key: str, track: 
         trained = {}
     else:
         clip = build_scratch(config.scratch, seed=params.seed)
-        trained = train_scratch(
+        trained = config.scratch.steps and train_scratch(
             clip,
             dataset,
             config.scratch,
@@ -121,7 +121,7 @@ def _make_clip(params: Params, dataset: Dataset, folder: Path, key: str, track: 
         "weak": config.kind == "scratch",
         "parameters": sum(parameter.numel() for parameter in clip.parameters()),
         "positions": clip.stretch.describe(),
-        **trained,
+        **(trained or {}),
         "clip_seconds": time.perf_counter() - begin,
     }
     data = {"name": dataset.name, "digest": dataset.digest}

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fast_goal.config import PARAMS_FILE, load_params
 from fast_goal.environment import WORK
 from fast_goal.errors import FastGoalError, ModelError, TemporaryError
 from fast_goal.files import atomic_folder
@@ -121,6 +122,12 @@ class Versions:
                 return None
             raise
         return Version(found.name, int(found.version), dict(found.tags))
+
+
+def champion_uri() -> str:
+    """Of the model that params.yaml of this folder names; where there is none, the project's own name."""
+    name = load_params().register.model_name if PARAMS_FILE.is_file() else "fast-goal"
+    return f"models:/{name}@{CHAMPION}"
 
 
 @contextmanager

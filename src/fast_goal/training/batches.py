@@ -162,6 +162,7 @@ class PairDataset(TorchDataset):
         negatives: pd.DataFrame | None = None,
         sub_captions: SubCaptions | None = None,
         sentences: Path | None = None,
+        whole: bool = True,
     ):
         self._group, self.gpu = group or Group(), gpu
         records = dataset.split(split)
@@ -190,7 +191,7 @@ class PairDataset(TorchDataset):
         self.counts = {
             "samples": len(texts),
             f"without_{captions}_caption": len(records) - len(images),
-            "truncated_captions": int((lengths > clip.context_length).sum()),
+            "truncated_captions": int((lengths > clip.context_length).sum()) if whole else 0,
         }
         # the pairs of image i are the rows first[i] to first[i + 1] of the tables of local pairs
         self._first = np.zeros(len(images) + 1, dtype=np.int64)
@@ -217,6 +218,7 @@ class PairDataset(TorchDataset):
             self._sentences = Sentences(texts, sentences, keep=self._group.main)
             found = self._sentences.counts
             self.counts |= {"sentences": int(found.sum()), "with_one_sentence": int((found == 1).sum())}
+            self.counts["truncated_sub_captions"] = self._truncated_sub_captions(lengths.numpy())
         wholes = {"samples": len(texts), "images": len(records), **self.counts}
         for name, count in self.counts.items():
             if count and name in _REASONS:
@@ -334,6 +336,15 @@ class PairDataset(TorchDataset):
         )
         return batch if self.gpu is None else (batch, encoded(self.views, images))
 
+    def _truncated_sub_captions(self, lengths: np.ndarray) -> int:
+        """Samples whose longest sub-caption is longer than the text context. lengths: tokens of the whole captions [n]."""
+        most, context = self._sub_captions.most_sentences, self._context_length
+        rows = np.flatnonzero(lengths > context).tolist()
+        tokens = tokenize([text for row in rows for text in self._sentences[row]], context)[1].numpy() - 2  # no start, no end
+        ends = np.cumsum([0, *(self._sentences.counts[row] for row in rows)])
+        longest = (np.sort(tokens[start:end])[-most:].sum() for start, end in pairwise(ends.tolist()))
+        return sum(int(length + 2 > context) for length in longest)
+
     def _drawn(self, own: np.ndarray, images: int, seed: int, epoch: int) -> dict[str, torch.Tensor]:
         """The sub-captions of the samples `own`, and which of those of all `images` of the batch each is asked."""
         if self._sub_captions is None:
@@ -383,6 +394,7 @@ _REASONS = {  # of what kind, and what is wrong with them
     "negatives_like_their_caption": ("listed_negatives", "are to the model the same text as their caption and are left out"),
     "truncated_negatives": ("negatives", "are longer than the text context, cut off"),
     "without_negative": ("samples", "have no hard negative caption"),
+    "truncated_sub_captions": ("samples", "have sub-captions that can be longer than the text context, cut off"),
     "with_one_sentence": ("samples", "have a caption of one sentence: all of its sub-captions are the same"),
 }
 
@@ -429,4 +441,5 @@ def pair_dataset(
         negatives=negatives if objective.needs_negatives else None,
         sub_captions=objective.sub_captions,
         sentences=SENTENCES,
+        whole=objective.needs_captions,
     )

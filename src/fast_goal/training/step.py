@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import logging
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -32,6 +33,8 @@ from fast_goal.model.tokens import masked_mean, patch_mask, span_mask
 from fast_goal.objectives import Features, Objective, given
 from fast_goal.training.batches import Batch
 from fast_goal.training.distributed import Group, gathered, mean_gradients
+
+_log = logging.getLogger(__name__)
 
 # the features that may have gradients, of each tower; the first that is there at all has rows in every batch
 TOWERS = {
@@ -70,6 +73,12 @@ def fit_pooling(clip: Clip, objective: Objective, seed: int = 0) -> None:
     Raises ConfigError where that one has other heads, or so many do not divide the embedding width.
     """
     if objective.heads is None:
+        if clip.pooling is not None:
+            _log.warning(
+                "%s has a text-conditioned pooling, and the objective does not train it: it stays as it is while the towers "
+                "change, and the modes conditioned and rerank get worse.",
+                clip.name,
+            )
         return
     if clip.pooling is None:
         clip.add_pooling(objective.heads, seed)

@@ -5,6 +5,7 @@ Letters: `M` masks of a suite, `C` classes.
 
 from __future__ import annotations
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,9 +25,9 @@ from fast_goal.evaluation.segmentation import (
     class_maps,
     differences,
     image_counts,
-    images_at_once,
     measures,
     read_truth,
+    some_at_once,
 )
 from fast_goal.evaluation.tasks import Needs, NotAsked, task
 from fast_goal.progress import Progress
@@ -92,7 +93,8 @@ def _counts(study: Study, masks: Masks, chosen: np.ndarray, suite: str) -> tuple
     """The counts of both models over the masks [M] of the suite, the pixels of any class, and the others."""
     features = {model: class_features(study, model, masks.segments[suite]) for model in MODELS}
     numbers, files = Numbers.of(masks.segments[suite]), study.asked.files
-    size = min(images_at_once(study.stores[model]) for model in MODELS)
+    shown = [files[masks.images[mask]] for mask in chosen.tolist()]
+    parts = some_at_once([study.stores[model] for model in MODELS], [math.prod(file.size) for file in shown])
     rows: dict[str, list[np.ndarray]] = {model: [] for model in MODELS}
     pixels = ignored = 0
 
@@ -101,14 +103,13 @@ def _counts(study: Study, masks: Masks, chosen: np.ndarray, suite: str) -> tuple
 
     label = f"segmentation: {suite}"
     with Progress(label, len(chosen), "masks") as progress, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(chosen), size):
-            some = chosen[start : start + size].tolist()
-            truths = list(pool.map(truth_of, some))
+        for some in parts:
+            truths = list(pool.map(truth_of, chosen[some.start : some.stop].tolist()))
             for truth in truths:
                 counted = int((truth != NOTHING).sum())
                 pixels, ignored = pixels + counted, ignored + truth.size - counted
             for model in MODELS:
-                maps = class_maps(study.stores[model], [files[masks.images[mask]] for mask in some], features[model])
+                maps = class_maps(study.stores[model], shown[some.start : some.stop], features[model])
                 pairs = zip(maps, truths, strict=True)
                 rows[model] += [image_counts(found, truth, len(features[model])) for found, truth in pairs]
             progress.update(len(some))
