@@ -110,7 +110,7 @@ def changed(values: dict, key: str, value: object) -> dict:
         ("flism.splits", ["train", "trian"], "flism.splits[1] = 'trian': expected one of"),
         ("evaluate.conditioned_on", ["long", "long"], "evaluate.conditioned_on = ['long', 'long']: names 'long' twice"),
         ("negatives.types", [], "negatives.types = []: expected some of reshuffle"),
-        ("negatives.types", ["swap_nouns", "swap_nouns"], "expected each type once"),
+        ("negatives.types", ["swap_nouns", "swap_nouns"], "names 'swap_nouns' twice"),
         ("seed", None, "seed = None"),
         ("nonsense", 1, "unknown key nonsense"),
     ],

@@ -227,8 +227,6 @@ class NegativesConfig:
     def __post_init__(self) -> None:
         if not self.types:
             raise ConfigError(f"types = []: expected some of {', '.join(NEGATIVE_TYPES)}")
-        if len(set(self.types)) < len(self.types):
-            raise ConfigError(f"types = {self.types}: expected each type once")
         if self.max_similarity is not None and not 0 < self.max_similarity <= 1:
             raise ConfigError(f"max_similarity = {self.max_similarity}: expected null or a number above 0 and at most 1")
 
