@@ -128,14 +128,14 @@ def published(pooling: TextConditionedPooling, tokens: Tensor, queries: Tensor) 
 
 def blocks(pooling: TextConditionedPooling, tokens: Tensor, queries: Tensor) -> Tensor:
     """[I, T] as the evaluation has them."""
-    scorer = ConditionedScorer(pooling, workers=torch.get_num_threads())
+    scorer = ConditionedScorer(pooling)
     texts = scorer.texts(queries)
     return torch.cat([scorer.scores(scorer.images(some), texts) for some in tokens.split(64)])
 
 
 def rerank(pooling: TextConditionedPooling, tokens: Tensor, queries: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """The scores of some pairs, [P]; rows ascending."""
-    scorer = ConditionedScorer(pooling, workers=torch.get_num_threads())
+    scorer = ConditionedScorer(pooling)
     texts = scorer.texts(queries)
 
     def parts() -> Iterator[Tensor]:

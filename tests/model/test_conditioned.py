@@ -1,6 +1,5 @@
 """Conditioned scores in blocks: equal to one image and text at a time, by loops and by the pooling itself."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -97,23 +96,6 @@ def test_pairs_are_the_entries_of_the_whole(block):
     expected = scorer.scores(images, texts)[rows, columns]
     torch.testing.assert_close(scorer.pairs(images, texts, rows, columns), expected, atol=1e-6, rtol=0)
     assert scorer.pairs(images, texts, rows[:0], columns[:0]).shape == (0,)
-
-
-@pytest.mark.parametrize("workers", [2, 5, 50])
-def test_workers_find_the_same_and_leave_torch_its_threads(workers):
-    pooling, (tokens, queries) = pooling_of(16, 2), inputs(6, 11, 4, 16)
-    scorer = ConditionedScorer(pooling, 60, workers)
-    before = torch.get_num_threads()
-    found = scorer.scores(scorer.images(tokens), scorer.texts(queries))
-    assert torch.equal(found, conditioned_scores(pooling, tokens, queries, 60))
-    rows, columns = torch.arange(6).repeat(5), torch.arange(30) % 11
-    pairs = scorer.pairs(scorer.images(tokens), scorer.texts(queries), rows, columns)
-    torch.testing.assert_close(pairs, found[rows, columns], atol=1e-6, rtol=0)
-    assert torch.get_num_threads() == before
-    images = scorer.images(tokens)
-    with pytest.raises(RuntimeError):  # what a worker meets comes through
-        scorer.scores(dataclasses.replace(images, values=images.values[:, :, :3]), scorer.texts(queries))
-    assert torch.get_num_threads() == before
 
 
 def test_nothing_to_score():

@@ -21,11 +21,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +33,6 @@ from fast_goal.model.pooling import TextConditionedPooling
 BLOCKS = {"cpu": 5 << 17, "other": 1 << 27}  # logits of a block, guesses: about the caches of two cores; 512 MB
 STRIPS = 4  # of the triangle; more leave out more zeros and make thinner products
 MOST = 100.0  # logits (of 2) up to which their powers, summed and multiplied with values, stay far from float32's 2^128
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,12 +63,10 @@ class ConditionedScorer:
     """Scores with one pooling, on its device and in its precision; a change of its weights after this is not seen.
 
     block: logits that are held at once (of all heads and patches), None: what suits the device. Beside the results and what
-    `texts` and `images` return, memory is some three times that, for each worker. workers: threads that take the blocks on a
-    CPU, each computing alone. torch's own threads share every operation instead and wait for each other after it, some 20
-    times a block, which is slow where other work runs beside. A scorer is not for several callers at once.
+    `texts` and `images` return, memory is some three times that. A scorer is not for several callers at once.
     """
 
-    def __init__(self, pooling: TextConditionedPooling, block: int | None = None, workers: int = 1):
+    def __init__(self, pooling: TextConditionedPooling, block: int | None = None):
         self._pooling = pooling
         weight, bias = pooling.attention.out_proj.weight.detach(), pooling.attention.out_proj.bias.detach()
         rotation, triangle = torch.linalg.qr(weight.cpu().double())
@@ -81,8 +74,7 @@ class ConditionedScorer:
         self._bias = (rotation.T @ bias.cpu().double()).to(weight)[:, None]
         self._rotation = rotation.to(weight)
         self._block = block or BLOCKS.get(weight.device.type, BLOCKS["other"])
-        self._workers = workers if weight.device.type == "cpu" else 1
-        self._spaces = threading.local()
+        self._spaces: dict[str, Tensor] = {}
 
     @property
     def device(self) -> torch.device:
@@ -116,15 +108,13 @@ class ConditionedScorer:
         wide = _even(len(texts), self._block // per_pair)
         high = max(1, self._block // (per_pair * wide))
 
-        def score(parts: tuple[slice, slice]) -> None:
-            mine, asked = parts
-            with self._exact():
+        with self._exact():
+            for left in range(0, len(texts), wide):
+                asked = slice(left, left + wide)
                 queries, units = texts.queries[..., asked].contiguous(), texts.units[:, None, asked].contiguous()
-                self._score(images.keys[mine], images.values[mine], queries, units, shifted, found[mine, asked])
-
-        rows = [slice(top, top + high) for top in range(0, len(images), high)]
-        columns = [slice(left, left + wide) for left in range(0, len(texts), wide)]
-        _each(score, [(mine, asked) for asked in columns for mine in rows], self._workers)
+                for top in range(0, len(images), high):
+                    mine = slice(top, top + high)
+                    self._score(images.keys[mine], images.values[mine], queries, units, shifted, found[mine, asked])
         return found
 
     def pairs(self, images: Images, texts: Texts, rows: Tensor, columns: Tensor) -> Tensor:
@@ -138,16 +128,13 @@ class ConditionedScorer:
             return found
         order, shifted = rows.argsort(stable=True), self._may_overflow(images, texts)
 
-        def score(parts: tuple[Tensor, Tensor]) -> None:
-            places, which = parts
-            with self._exact():
+        with self._exact():
+            for places, which in self._grouped(rows[order], self._per_pair(images)):
                 image, column = which.to(self.device), columns[order[places]].to(self.device)  # [b], [b, t]
                 queries = texts.queries[..., column].permute(2, 0, 1, 3)  # [b, H, d, t]
                 scores = self._new(*places.shape)
                 self._score(images.keys[image], images.values[image], queries, texts.units[:, column], shifted, scores)
                 found[order[places].flatten().to(self.device)] = scores.flatten()  # what was filled up has the same score twice
-
-        _each(score, list(self._grouped(rows[order], self._per_pair(images))), self._workers)
         return found
 
     def _grouped(self, rows: Tensor, per_pair: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -200,10 +187,10 @@ class ConditionedScorer:
 
     def _empty(self, name: str, *shape: int) -> Tensor:
         """Memory that is kept from block to block, so that it stays in the cache."""
-        space, size = self._spaces.__dict__, math.prod(shape)  # of this thread
-        if name not in space or space[name].numel() < size:
-            space[name] = self._new(size)
-        return space[name][:size].view(shape)
+        size = math.prod(shape)
+        if name not in self._spaces or self._spaces[name].numel() < size:
+            self._spaces[name] = self._new(size)
+        return self._spaces[name][:size].view(shape)
 
     def _new(self, *shape: int) -> Tensor:
         with self._exact():
@@ -226,27 +213,6 @@ def conditioned_scores(pooling: TextConditionedPooling, tokens: Tensor, queries:
     """The scores [I, T] of projected patches [I, N, D] with projected texts [T, D], neither normalised."""
     scorer = ConditionedScorer(pooling, block)
     return scorer.scores(scorer.images(tokens), scorer.texts(queries))
-
-
-def _each(work: Callable[[T], None], parts: Sequence[T], workers: int) -> None:
-    """Does the work for each part, by threads in which torch has no threads of its own."""
-    workers = min(workers, len(parts))
-    if workers < 2:
-        for part in parts:
-            work(part)
-        return
-    threads, ready = torch.get_num_threads(), threading.Barrier(workers + 1)
-
-    def start() -> None:
-        torch.set_num_threads(1)  # of this thread, and of those that begin before it is set back
-        ready.wait()
-
-    with ThreadPoolExecutor(workers, initializer=start) as pool:
-        done = [pool.submit(work, part) for part in parts]
-        ready.wait()
-        torch.set_num_threads(threads)
-        for one in done:
-            one.result()
 
 
 def _longest(lengths: Tensor) -> Tensor:

@@ -157,13 +157,12 @@ def _again(store: FeatureStore, files: list[ImageFile], texts: list[str], best: 
 
 
 def _scorer(store: FeatureStore) -> ConditionedScorer:
-    import torch
 
     from fast_goal.model.conditioned import ConditionedScorer
 
     pooling = store.clip.to(store.device).eval().pooling
     assert pooling is not None
-    return ConditionedScorer(pooling.pooling, workers=torch.get_num_threads())
+    return ConditionedScorer(pooling.pooling)
 
 
 def _step(store: FeatureStore) -> int:

@@ -42,7 +42,7 @@ class Conditioned:
     def measure(self, study: Study) -> dict[str, Any]:
         """By retrieval task of `evaluate.conditioned_on`; see `_measured`."""
         clip = study.stores[MODEL].clip.to(study.stores[MODEL].device)
-        scorer = ConditionedScorer(clip.pooling.pooling, workers=torch.get_num_threads())
+        scorer = ConditionedScorer(clip.pooling.pooling)
         return {name: _measured(study, scorer, variant, name) for name, variant in _variants(study)}
 
 
