@@ -134,7 +134,7 @@ def test_memory_is_bounded_by_the_block():
     block, (tokens, queries) = 2000, inputs(8, 300, 9, 16)
     scorer = ConditionedScorer(pooling_of(16, 2), block)
     scorer.scores(scorer.images(tokens), scorer.texts(queries))
-    assert sum(kept.numel() for kept in scorer._spaces.__dict__.values()) < 4 * block
+    assert sum(kept.numel() for kept in scorer._spaces.values()) < 4 * block
 
 
 def test_the_caller_s_modes_do_not_matter():
