@@ -116,6 +116,12 @@ def test_only_what_differs_is_printed(ids):
     assert "\x1b" not in everything and max(map(len, everything.splitlines())) < 600, "plain where it is piped"
 
 
+def test_the_objective_has_the_name_that_people_give_it(ids):
+    """`global` is made by `fast_goal`, with other weights."""
+    told = [line.split() for line in invoke(ids[0], ids[2]).splitlines() if line.startswith("objective ")]
+    assert told == [["objective", "fast_goal", "global"]]
+
+
 def test_worse_and_better_and_three_runs(ids):
     found = json.loads(invoke(*ids, "--format", "json"))
     assert [run["id"] for run in found["runs"]] == ids

@@ -102,7 +102,8 @@ def compare(runs: Sequence[Recorded], everything: bool = False) -> Comparison:
 
     def facts(one: Recorded) -> dict[str, Any]:
         told = {title: one.tags.get(tag) for tag, title in FACTS.items()}
-        return {"objective": one.params.get("objective.name"), **told, "status": one.status}
+        objective = one.tags.get("objective") or one.params.get("objective.name")  # runs of before have no such tag
+        return {"objective": objective, **told, "status": one.status}
 
     about = sorted(rows(facts), key=lambda row: row.name != "objective")
     found = rows(metrics)

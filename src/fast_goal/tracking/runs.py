@@ -329,6 +329,7 @@ def _open(step: str, params: Params) -> MlflowTracker:
         "dvc_lock": identity.dvc_lock(),
         "dataset": params.download.train_dataset,
         "experiment": params.experiment,
+        "objective": pipelines.objective_word(params.objective),
     }
     if experiment := identity.dvc_experiment():
         tags["dvc_experiment"] = experiment
