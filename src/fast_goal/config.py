@@ -529,9 +529,9 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{key} = {value!r}: expected a list")
         items = [_convert(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value)]
-        twice = [item for index, item in enumerate(items) if item in items[:index]]
-        if typing.get_origin(arguments[0]) is Literal and twice:
-            raise ConfigError(f"{key} = {items!r}: names {twice[0]!r} twice")
+        if typing.get_origin(arguments[0]) is Literal and len(set(items)) < len(items):
+            twice = next(item for item in items if items.count(item) > 1)
+            raise ConfigError(f"{key} = {items!r}: names {twice!r} twice")
         return items
     if origin is dict:
         if not isinstance(value, Mapping):

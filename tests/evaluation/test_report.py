@@ -133,7 +133,9 @@ def test_clear_results_need_no_warning(facts):
 def test_each_doubt_is_said(facts):
     clear = {"long": retrieval(24.0, 50.0, 22.0, 30.0), "localisation": localisation()}
     scratch = Facts(**{**facts.__dict__, "base_kind": "scratch", "scratch_split": "pretrain"})
-    assert "**The base is weak.**" in said({"x": clear}, scratch)
+    assert "**The base is weak.**" in said({"x": clear}, scratch) and "of the split `pretrain`" in said({"x": clear}, scratch)
+    drawn = Facts(**{**scratch.__dict__, "scratch_split": ""})
+    assert "a small one, with weights as they were drawn; it reaches 24.0 %" in said({"x": clear}, drawn)
     assert "24.0 % R@1 text-to-image on the long captions of `x` (chance 0.1 %)" in said({"x": clear}, scratch)
     assert "no difference shown in R@1" in said({"x": {"long": retrieval(24.0, 25.0, -1.0, 3.0)}}, facts)
     assert "partly forgotten" in said({"x": {"short": retrieval(24.0, 20.0, -6.0, -2.0)}}, facts)

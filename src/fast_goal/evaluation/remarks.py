@@ -89,9 +89,12 @@ def _scratch_note(metrics: Mapping[str, Mapping[str, Any]], facts: Facts) -> str
         if kind in values
         for found in [values[kind]]
     ]
+    made = f"trained here from scratch on nothing but the short captions of the split `{facts.scratch_split}`"
+    if not facts.scratch_split:
+        made = "with weights as they were drawn"
     return (
-        "**The base is weak.** It is no published CLIP but a small one, trained here from scratch on nothing but the short "
-        f"captions of the split `{facts.scratch_split}`; it reaches {'; '.join(weak) or 'no measured recall'}. The absolute "
+        f"**The base is weak.** It is no published CLIP but a small one, {made}; it reaches "
+        f"{'; '.join(weak) or 'no measured recall'}. The absolute "
         "numbers do not compare with published ones, and a gain over this base does not predict the gain over a pretrained one."
     )
 

@@ -48,7 +48,7 @@ class Facts:
     base_kind: str  # pretrained, scratch
     base_name: str
     backbone: str
-    scratch_split: str  # whose short captions a scratch base was trained on
+    scratch_split: str  # whose short captions a scratch base was trained on; empty: on none, its weights are as they were drawn
     recipes: Mapping[str, Recipe]  # model -> how it came about, to find the paper's numbers by
     objective: Mapping[str, Any]
     epochs: int

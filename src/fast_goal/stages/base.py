@@ -97,23 +97,23 @@ def _make_clip(params: Params, dataset: Dataset, folder: Path, key: str, track: 
 
     begin = time.perf_counter()
     config = params.base
-    state = folder.with_name("clip.pt")
+    state, trained = folder.with_name("clip.pt"), {}
     if config.kind == "pretrained":
         clip = load_pretrained(config.model, config.pretrained, config.context_length, config.keep_positions)
-        trained = {}
     else:
         clip = build_scratch(config.scratch, seed=params.seed)
-        trained = config.scratch.steps and train_scratch(
-            clip,
-            dataset,
-            config.scratch,
-            seed=params.seed,
-            device=device(),
-            state_path=state,
-            state_key=key,
-            on_step=lambda step, record: track.metrics(measured(record), step=step),
-            pixels_folder=PIXELS,
-        )
+        if config.scratch.steps:
+            trained = train_scratch(
+                clip,
+                dataset,
+                config.scratch,
+                seed=params.seed,
+                device=device(),
+                state_path=state,
+                state_key=key,
+                on_step=lambda step, record: track.metrics(measured(record), step=step),
+                pixels_folder=PIXELS,
+            )
         clip = clip.stretched(config.context_length, config.keep_positions)
     metrics = {
         "kind": config.kind,
@@ -121,7 +121,7 @@ def _make_clip(params: Params, dataset: Dataset, folder: Path, key: str, track: 
         "weak": config.kind == "scratch",
         "parameters": sum(parameter.numel() for parameter in clip.parameters()),
         "positions": clip.stretch.describe(),
-        **(trained or {}),
+        **trained,
         "clip_seconds": time.perf_counter() - begin,
     }
     data = {"name": dataset.name, "digest": dataset.digest}

@@ -266,7 +266,7 @@ def _facts(params: Params, clips: Mapping[str, Clip], device: torch.device, seco
         base_kind=params.base.kind,
         base_name=clips["base"].name,
         backbone=params.base.model,
-        scratch_split=params.base.scratch.split,
+        scratch_split=params.base.scratch.split if params.base.scratch.steps else "",
         recipes={model: recipe_of(params, model) for model in MODELS},
         objective=params.objective,
         epochs=params.finetune.epochs,

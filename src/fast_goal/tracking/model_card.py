@@ -105,8 +105,9 @@ def model_card(
     """
     base, first = params.base, params.intermediate
     scratch = base.kind == "scratch"
+    trained = f"trained from scratch for {base.scratch.steps} steps on short captions"
     origin = (
-        f"a small CLIP trained from scratch for {base.scratch.steps} steps on short captions"
+        f"a small CLIP {trained if base.scratch.steps else 'with weights as they are drawn'}"
         if scratch
         else f"open_clip's `{base.model}`" + (f" with the weights `{base.pretrained}`" if base.pretrained else "")
     )
